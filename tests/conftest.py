@@ -7,6 +7,7 @@ import logging
 import os
 import pickle
 import secrets
+import shutil
 import socket
 import subprocess
 import sys
@@ -92,6 +93,76 @@ def one_thread():
             os.environ[name] = value
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A random Qwen3 of three blocks with the demo's tokenizer: a trial of it takes a second."""
+    import torch
+    from safetensors.torch import save_file
+
+    from q3q.config.model import DEMO_MODELS
+    from q3q.models.facts import read_facts
+    from tests.chaos.faults import CONFIG
+
+    folder, demo = tmp_path_factory.mktemp("tiny"), DEMO_MODELS / "dense"
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        shutil.copy(demo / name, folder / name)
+    (folder / "config.json").write_text(json.dumps(CONFIG), encoding="utf-8")
+    facts, generator = read_facts(CONFIG), torch.Generator().manual_seed(0)
+    weights = {
+        "model.embed_tokens.weight": torch.randn(facts.vocab, facts.hidden, generator=generator)
+    }
+    weights["model.norm.weight"] = torch.ones(facts.hidden)
+    for k in range(facts.layers):
+        for name, shape in facts.block_shapes(k).items():
+            drawn = torch.randn(shape, generator=generator)
+            weights[f"model.layers.{k}.{name}"] = (
+                1 + 0.1 * drawn if "norm" in name else drawn / shape[-1] ** 0.5
+            )
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Let a report's pictures be empty: to draw them takes most of a report's time."""
+    monkeypatch.setattr(
+        "matplotlib.backends.backend_agg.FigureCanvasAgg.print_png",
+        lambda self, file, **settings: file.write(b"a picture, which is not drawn"),
+    )
+    monkeypatch.setattr(
+        "matplotlib.figure.Figure.savefig",
+        lambda self, file, **settings: file.write(b'<svg width="1pt" height="1pt"></svg>'),
+    )
+
+
+@pytest.fixture
+def front_door(monkeypatch, capsys):
+    """Return run(*words): `python launch.py *words` in this process, its exit code and words.
+
+    All but what ends a process: tests/chaos/test_terminal.py and tests/test_cli.py have those.
+    """
+
+    def run(*words):
+        monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # as launch.py sets it for good
+        monkeypatch.setattr(sys, "argv", ["launch.py", *map(str, words)])
+        import launch
+        from q3q.cli import explain
+        from q3q.config.schema import register
+
+        register()
+        code = 0
+        try:
+            launch.command(sys.argv[1:])
+        except SystemExit as end:
+            code = end.code or 0
+        except Exception as error:
+            code = explain(error)
+        said = capsys.readouterr()
+        return code, said.out + said.err
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,6 @@ import torch
 
 from q3q.models.footprint import PROCESS_BYTES
 from q3q.models.loading import keep_to_share
-from tests.chaos.conftest import tiny  # noqa: F401
 from tests.chaos.faults import SMALL, records
 from tests.commands import python
 
@@ -25,7 +24,7 @@ def launch(storage, model, *arguments, **environment):
 
 
 @pytest.mark.slow
-def test_a_trial_alone_keeps_to_its_share_and_goes_on_where_its_storage_was_moved(tiny, tmp_path):  # noqa: F811
+def test_a_trial_alone_keeps_to_its_share_and_goes_on_where_its_storage_was_moved(tiny, tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
     asked = ("method=rtn", "cluster.cpus_per_trial=1")
     code, _, errors = launch(first, tiny, "bits=3", *asked, OMP_NUM_THREADS="2")
@@ -51,7 +50,7 @@ def test_a_trial_alone_keeps_to_its_share_and_goes_on_where_its_storage_was_move
 
 
 @pytest.mark.parametrize("how", [(), ("-m",)])
-def test_a_storage_that_is_a_file_is_said_in_a_line(tiny, tmp_path, how):  # noqa: F811
+def test_a_storage_that_is_a_file_is_said_in_a_line(tiny, tmp_path, how):
     (tmp_path / "file").write_text("no folder")
     code, _, errors = launch(tmp_path / "file", tiny, *how, "method=rtn", "bits=3")
     line = errors.splitlines()[-1]
@@ -73,7 +72,7 @@ def test_a_storage_that_cannot_be_made_is_said_in_a_line():
 @pytest.mark.parametrize(
     "asked", ["cluster.ranks_per_trial=2", "cluster.gpus_per_trial=4", "cluster=existing"]
 )
-def test_what_takes_a_sweep_is_not_run_alone(tiny, tmp_path, asked):  # noqa: F811
+def test_what_takes_a_sweep_is_not_run_alone(tiny, tmp_path, asked):
     code, _, errors = launch(tmp_path, tiny, "method=rtn", "bits=3", asked)
     [line] = errors.splitlines()
     assert code == 2
@@ -83,7 +82,7 @@ def test_what_takes_a_sweep_is_not_run_alone(tiny, tmp_path, asked):  # noqa: F8
 
 
 @pytest.mark.slow
-def test_a_trial_that_was_planned_on_a_gpu_fails_clearly_where_there_is_none(tiny, tmp_path):  # noqa: F811
+def test_a_trial_that_was_planned_on_a_gpu_fails_clearly_where_there_is_none(tiny, tmp_path):
     code, _, errors = launch(tmp_path, tiny, "method=rtn", "bits=3")
     assert code == 0, errors
     folder = next(tmp_path.glob("trials/*/record.json")).parent

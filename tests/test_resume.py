@@ -8,7 +8,6 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from q3q import trial as trial_module
-from q3q.config.model import DEMO_MODELS
 from q3q.config.resolve import trial_from
 from q3q.errors import SweepFailedError
 from q3q.models.hub import facts_of_trial
@@ -23,14 +22,7 @@ from q3q.trials.__main__ import main
 from tests.chaos.faults import SMALL
 from tests.composed import compose
 
-
-@pytest.fixture
-def tiny(random_checkpoint) -> Path:
-    """A random Qwen3 of three blocks with the demo's tokenizer."""
-    folder = random_checkpoint(vocab_size=4096, max_position_embeddings=256)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(DEMO_MODELS / "dense" / name, folder / name)
-    return folder
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 
 @pytest.fixture
@@ -39,8 +31,7 @@ def run_sweep(tiny, monkeypatch):
     attempt = trial_module.attempt_trial
 
     def run(storage: Path, error: BaseException) -> tuple[Trial, Trial]:
-        small = [override for override in SMALL if not override.startswith("group_size")]
-        always = [*small, "group_size=16", "method=rtn", f"model.path={tiny}", f"storage={storage}"]
+        always = [*SMALL, "method=rtn", f"model.path={tiny}", f"storage={storage}"]
         configs = [compose("config", [*always, f"bits={bits}"]) for bits in (4, 3)]
         trials = [trial_from(config) for config in configs]
         facts = {trial.id: found for trial in trials if (found := facts_of_trial(trial))}

@@ -1,18 +1,13 @@
-"""A model so small that a trial takes a second, and a disk so small that it fills."""
+"""One thread, so that a process can fork, and a disk so small that it fills."""
 
-import json
 import os
 import platform
-import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
-
-from tests.chaos.faults import CONFIG, ROOT
 
 
 @pytest.fixture(autouse=True, scope="package")
@@ -30,30 +25,6 @@ def forkable() -> Iterator[None]:
         torch.set_num_threads(1)
         yield
         torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory) -> Path:
-    """A random Qwen3 of three blocks with the demo's tokenizer."""
-    from q3q.models.facts import read_facts
-
-    folder, demo = tmp_path_factory.mktemp("tiny"), ROOT / "q3q/models/demo/dense"
-    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
-        shutil.copy(demo / name, folder / name)
-    (folder / "config.json").write_text(json.dumps(CONFIG), encoding="utf-8")
-    facts, generator = read_facts(CONFIG), torch.Generator().manual_seed(0)
-    weights = {
-        "model.embed_tokens.weight": torch.randn(facts.vocab, facts.hidden, generator=generator)
-    }
-    weights["model.norm.weight"] = torch.ones(facts.hidden)
-    for k in range(facts.layers):
-        for name, shape in facts.block_shapes(k).items():
-            drawn = torch.randn(shape, generator=generator)
-            weights[f"model.layers.{k}.{name}"] = (
-                1 + 0.1 * drawn if "norm" in name else drawn / shape[-1] ** 0.5
-            )
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
 
 
 @pytest.fixture

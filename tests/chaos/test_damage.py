@@ -15,49 +15,11 @@ from q3q.attempt import finished_record
 from q3q.errors import ConfigError
 from tests.chaos.faults import end_of, in_child
 from tests.chaos.studies import make_quick, run, trials_of
-
-
-def torn(path: Path, other: Path) -> None:
-    os.truncate(path, path.stat().st_size // 2)
-
-
-def emptied(path: Path, other: Path) -> None:
-    os.truncate(path, 0)
-
-
-def zeroed(path: Path, other: Path) -> None:
-    path.write_bytes(bytes(path.stat().st_size))
-
-
-def flipped(path: Path, other: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
+from tests.damage import a_circle, a_fifo, a_folder, a_link, emptied, flipped, torn, zeroed
 
 
 def swapped(path: Path, other: Path) -> None:
     shutil.copyfile(other, path)
-
-
-def a_folder(path: Path, other: Path) -> None:
-    path.unlink()
-    path.mkdir()
-    (path / "x").touch()
-
-
-def a_link(path: Path, other: Path) -> None:
-    path.unlink()
-    path.symlink_to("nowhere")
-
-
-def a_circle(path: Path, other: Path) -> None:
-    path.unlink()
-    path.symlink_to(path.name)
-
-
-def a_fifo(path: Path, other: Path) -> None:
-    path.unlink()
-    os.mkfifo(path)
 
 
 CONTENTS = [torn, emptied, zeroed, flipped, swapped]
@@ -204,7 +166,7 @@ class Case:
         wanted = pattern.format(**words)
         return next(iter(sorted(self.storage.glob(wanted))), self.storage / wanted)
 
-    def put(self, name: str, damage: Callable[[Path, Path], None], kinds: dict) -> Path:
+    def put(self, name: str, damage: Callable[..., None], kinds: dict) -> Path:
         mine, other = kinds[name]
         path = self.path(mine)
         theirs = self.path(other, swap=mine == other)
@@ -218,7 +180,10 @@ class Case:
             self.path("prepared/*.safetensors").unlink()
         elif name == "journal":  # it is read where the measurement was not finished
             self.path("trials/{a}/evaluations/1_stories.json").unlink()
-        damage(path, theirs)
+        if damage is swapped:
+            swapped(path, theirs)
+        else:
+            damage(path)
         return path
 
     def again(self) -> dict[str, dict]:
@@ -252,14 +217,10 @@ def case(tiny, tmp_path):
 QUICK = {
     ("record", torn),
     ("samples", flipped),
-    ("samples of the unquantized", swapped),
     ("memo of digests", flipped),
     ("sweep", a_folder),
-    ("record of the unquantized", a_link),
     ("kept block", flipped),
     ("baseline's claim", a_folder),
-    ("prepared windows", swapped),
-    ("measurement", swapped),
     ("block's facts", swapped),
     ("journal", a_fifo),
 }

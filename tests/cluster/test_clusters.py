@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.chaos.conftest import tiny  # noqa: F401
 from tests.chaos.faults import (
     ROOT,
     SMALL,
@@ -112,7 +111,7 @@ def with_all(process):
         process.wait(timeout=20)
 
 
-def test_a_job_submitted_to_the_head_runs_a_sweep(two_nodes, tokened, tiny, tmp_path):  # noqa: F811
+def test_a_job_submitted_to_the_head_runs_a_sweep(two_nodes, tokened, tiny, tmp_path):
     address, dashboard, _ = two_nodes
     settings = {one.partition("=")[0]: one for one in (*SMALL, "method=rtn", "bits=4,5")}
     where = [
@@ -156,7 +155,7 @@ def test_a_job_submitted_to_the_head_runs_a_sweep(two_nodes, tokened, tiny, tmp_
     assert "token" in (refused.stdout + refused.stderr).lower()
 
 
-def test_a_gangs_ranks_sit_on_two_nodes(two_nodes, tokened, tiny, tmp_path):  # noqa: F811
+def test_a_gangs_ranks_sit_on_two_nodes(two_nodes, tokened, tiny, tmp_path):
     """Each node has one core, so two ranks of one core each cannot share one."""
     address, _, second = two_nodes
     sweep = ("method=gptq", "bits=3", "calibration.samples=8", "evaluation.limit=8")
@@ -219,7 +218,7 @@ def two_hosts():
             run("netns", "del", name, check=False)
 
 
-def test_a_gangs_ranks_meet_from_host_to_host(two_hosts, tokened, tiny, tmp_path):  # noqa: F811
+def test_a_gangs_ranks_meet_from_host_to_host(two_hosts, tokened, tiny, tmp_path):
     inside, addresses = two_hosts
     environment = {**os.environ, **tokened, "PYTHONPATH": str(ROOT)}
     begin = [
@@ -274,7 +273,7 @@ def test_a_gangs_ranks_meet_from_host_to_host(two_hosts, tokened, tiny, tmp_path
     assert together == alone
 
 
-def test_a_node_that_is_killed_costs_nothing(two_nodes, tokened, tiny, tmp_path):  # noqa: F811
+def test_a_node_that_is_killed_costs_nothing(two_nodes, tokened, tiny, tmp_path):
     address, _, second = two_nodes
     joined = ("cluster=existing", f"cluster.address={address}")
     process = start(tmp_path, tiny, *SWEEP, *joined, **tokened)
@@ -353,7 +352,7 @@ def postgres():
         shutil.rmtree(folder)
 
 
-def test_a_sweep_is_kept_by_an_mlflow_server_on_postgresql_that_passes_artifacts_on(tiny, tmp_path):  # noqa: F811
+def test_a_sweep_is_kept_by_an_mlflow_server_on_postgresql_that_passes_artifacts_on(tiny, tmp_path):
     with postgres() as database:
         port = free_port()
         server = serve(tmp_path, port, store=database)

@@ -31,6 +31,7 @@ from q3q.models.checkpoint import Checkpoint
 from q3q.models.decoder import load_decoder
 from q3q.spec import digest
 from q3q.storage.claim import FREE, claimed
+from tests.damage import flipped
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "q3q" / "models" / "demo" / "dense"
@@ -172,12 +173,6 @@ def test_a_plan_can_ask_without_torch():
     assert shown.stdout.strip() == "False"
 
 
-def flip(path, at):
-    content = bytearray(path.read_bytes())
-    content[at] ^= 1
-    path.write_bytes(content)
-
-
 def edit(path, change):
     manifest = json.loads(path.read_text())
     change(manifest)
@@ -191,8 +186,8 @@ def reseal(path, change):
 
 WINDOW, MANIFEST = "window_00001.safetensors", "manifest.json"
 DAMAGE = {
-    "a byte of the states": lambda entry: flip(entry / WINDOW, -1),
-    "a byte of their header": lambda entry: flip(entry / WINDOW, 12),
+    "a byte of the states": lambda entry: flipped(entry / WINDOW, -1),
+    "a byte of their header": lambda entry: flipped(entry / WINDOW, 12),
     "cut short": lambda entry: os.truncate(entry / WINDOW, (entry / WINDOW).stat().st_size - 4),
     "emptied": lambda entry: (entry / WINDOW).write_bytes(b""),
     "a window lost": lambda entry: (entry / WINDOW).unlink(),
@@ -226,7 +221,7 @@ def test_a_damaged_entry_is_computed_again(tmp_path, model, windows, identity, d
 
 
 @pytest.mark.parametrize(
-    ("damage", "computed"), [(lambda path: None, 3), (lambda path: flip(path, -1), 4)]
+    ("damage", "computed"), [(lambda path: None, 3), (lambda path: flipped(path, -1), 4)]
 )
 def test_what_a_killed_writer_left_is_gone_on_with_as_far_as_it_is_whole(
     tmp_path, model, windows, identity, monkeypatch, damage, computed
@@ -258,7 +253,7 @@ def test_another_models_entry_under_this_name_is_not_used(tmp_path, model, windo
 
 def test_damage_while_in_use_is_noticed(tmp_path, model, windows, identity):
     entry = baseline_for(tmp_path, identity, model, windows)
-    flip(entry.folder / WINDOW, -1)
+    flipped(entry.folder / WINDOW, -1)
     entry.hidden(0)
     with pytest.raises(IntegrityError, match="changed while it was in use"):
         entry.hidden(1)

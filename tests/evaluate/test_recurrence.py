@@ -30,13 +30,13 @@ from q3q.models.footprint import (
     recurrent_rows,
 )
 from q3q.models.streaming import StreamedDecoder
-from q3q.quantize.methods.gptq import Gptq
-from q3q.quantize.methods.settings import GptqSettings
 from q3q.quantize.walk import quantize_model
 from q3q.spec import Scheme
+from tests.methods import built
 from tests.models import decaying
 from tests.models.decaying import DecayingSum, save_random
 from tests.models.families import HYBRIDS, build
+from tests.nowhere import Nowhere
 
 TYPES = {"decaying": "Decaying", "decaying_moe": "DecayingMoe"}
 
@@ -119,16 +119,6 @@ def plain(model, text):
 
 def scores(model, asked, budget):
     return dict(pair for ended, _ in score(model, asked, budget) for pair in ended)
-
-
-class Nowhere:
-    """Keeps no quantized block."""
-
-    def load(self, index):
-        return None
-
-    def store(self, block):
-        pass
 
 
 class Calls:
@@ -237,7 +227,7 @@ def test_a_quantized_hybrid_with_experts_is_walked_and_evaluated_alike(loaded):
     quantized.adjust(Route(every_expert=True))
     windows_NT = torch.randint(97, (2, 24), generator=torch.Generator().manual_seed(0))
     scheme = Scheme(bits=4, group_size=4, symmetric=False)
-    blocks = quantize_model(quantized, Gptq(GptqSettings()), scheme, windows_NT, Nowhere())
+    blocks = quantize_model(quantized, built("gptq"), scheme, windows_NT, Nowhere())
     for k, block in enumerate(blocks):
         assert block.quantized.keys() == moe.facts.linears(k).keys()
         assert block.notes[f"blocks.{k}.gate_up"]["tokens_per_expert"] == [48] * 4

@@ -8,44 +8,17 @@ import pytest
 from q3q.export.destination import export_fault, is_finished
 from q3q.export.marker import digest_faults, published_files
 from q3q.models.checkpoint import EXPORT_MARKER, Checkpoint
+from tests.damage import a_folder, a_link, cut, emptied, flipped, gone
 from tests.specs import exporter_of
 
 SHARD = "model-00002-of-00003.safetensors"
-
-
-def torn(path):
-    path.write_bytes(path.read_bytes()[:-1])
-
-
-def empty(path):
-    path.write_bytes(b"")
 
 
 def longer(path):
     path.write_bytes(path.read_bytes() + b"\0")
 
 
-def gone(path):
-    path.unlink()
-
-
-def folder_in_its_place(path):
-    path.unlink()
-    path.mkdir()
-
-
-def dangling_link(path):
-    path.unlink()
-    path.symlink_to("nowhere")
-
-
-def flipped(path):
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 4
-    path.write_bytes(content)
-
-
-SIZE_DAMAGES = [torn, empty, longer, gone, folder_in_its_place, dangling_link]
+SIZE_DAMAGES = [cut, emptied, longer, gone, a_folder, a_link]
 
 
 @pytest.mark.parametrize("name", [SHARD, "config.json", "tokenizer.json"])
@@ -82,7 +55,7 @@ def test_what_was_damaged_is_named_and_made_again(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["original", "out"]
 
 
-@pytest.mark.parametrize("damage", [torn, empty, gone, folder_in_its_place])
+@pytest.mark.parametrize("damage", [cut, emptied, gone, a_folder])
 def test_without_its_marker_an_export_is_not_finished_but_known_by_its_config(
     checkpoint, trial_of, export, quantized_blocks, tmp_path, damage
 ):
@@ -123,7 +96,7 @@ def test_an_export_of_before_still_counts_and_gets_its_digests_when_it_is_proved
     marker = json.loads((made.path / EXPORT_MARKER).read_text())
     files = marker.pop("files")
     (made.path / EXPORT_MARKER).write_text(json.dumps(marker))
-    torn(made.path / SHARD)  # which nobody can know
+    cut(made.path / SHARD)  # which nobody can know
     assert published_files(made.path) is None
     assert is_finished(trial)
     assert list(digest_faults(made.path)) == []
@@ -148,5 +121,5 @@ def test_of_an_export_in_an_object_store_files_may_be_elsewhere(
     made, _ = export(original, trial)
     (made.path / SHARD).unlink()
     assert is_finished(trial)
-    torn(made.path / "tokenizer.json")
+    cut(made.path / "tokenizer.json")
     assert not is_finished(trial)

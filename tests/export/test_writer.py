@@ -18,6 +18,7 @@ from q3q.models.decoder import load_decoder
 from q3q.record import Check
 from q3q.scheme import InputRounding
 from tests.commands import python
+from tests.damage import cut, flipped
 from tests.specs import exporter_of, respecified
 
 FORMATS = ["hf", "compressed_tensors", "gptq", "awq"]
@@ -84,17 +85,7 @@ def test_a_killed_export_goes_on_after_the_blocks_that_are_there(
         )
 
 
-def cut(path):
-    path.write_bytes(path.read_bytes()[:-1])
-
-
-def flip(path):
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
-
-
-@pytest.mark.parametrize("damage", [cut, flip])
+@pytest.mark.parametrize("damage", [cut, flipped])
 def test_a_shard_that_was_damaged_is_written_again(
     checkpoint, trial_of, quantized_blocks, tmp_path, damage
 ):

@@ -23,34 +23,16 @@ from q3q.data.windows import consecutive_windows, draw_windows, encoder
 from q3q.evaluate.perplexity import perplexity
 from q3q.models.checkpoint import Checkpoint, load_tokenizer
 from q3q.models.decoder import load_decoder
-from q3q.quantize.methods.awq import Awq
-from q3q.quantize.methods.billm import Billm
-from q3q.quantize.methods.gptq import Gptq
-from q3q.quantize.methods.rtn import Rtn
-from q3q.quantize.methods.settings import (
-    AwqSettings,
-    BillmSettings,
-    GptqSettings,
-    RtnSettings,
-    SmoothQuantSettings,
-)
-from q3q.quantize.methods.smoothquant import SmoothQuant
 from q3q.quantize.walk import quantize_model
 from q3q.spec import Scheme
 from tests.fidelity import plain
 from tests.fidelity.checkpoints import RELATIVES, windows_of
+from tests.methods import built
+from tests.nowhere import Nowhere
 
 SAME_WORTH = 1e-5  # perplexity, relative, of the same weights
 TIE = 1e-3  # from a midpoint, in units of the scale
 NEAR = 1e-4  # of BiLLM's decisions, relative to what decides them
-
-
-class Nowhere:
-    def load(self, index):
-        return None
-
-    def store(self, block):
-        pass
 
 
 def walked(folder, method, scheme, windows):
@@ -162,7 +144,7 @@ def test_rtn(folder, held_out, bits, group_size, symmetric, mse):
     model = plain.load(folder)
     theirs = plain.rtn(model, bits, group_size, symmetric, mse)
     scheme = Scheme(bits=bits, group_size=group_size, symmetric=symmetric)
-    decoder, ours = walked(folder, Rtn(RtnSettings(mse=mse)), scheme, None)
+    decoder, ours = walked(folder, built("rtn", mse=mse), scheme, None)
     check(ours, theirs, decoder, model, held_out)
 
 
@@ -171,9 +153,9 @@ def test_other_families(folders, windows, held_out, family):
     """Biases, other rotary embeddings, no norms of heads, delta rules: RTN's and GPTQ's codes."""
     scheme = Scheme(bits=4, group_size=32, symmetric=False)
     model = plain.load(folders[family])
-    decoder, ours = walked(folders[family], Rtn(RtnSettings()), scheme, None)
+    decoder, ours = walked(folders[family], built("rtn"), scheme, None)
     check(ours, plain.rtn(model, 4, 32), decoder, model, held_out)
-    decoder, ours = walked(folders[family], Gptq(GptqSettings()), scheme, windows)
+    decoder, ours = walked(folders[family], built("gptq"), scheme, windows)
     model = plain.load(folders[family])
     theirs = plain.gptq(model, windows, bits=4, group_size=32, symmetric=False, follow=ours)
     check(ours, theirs, decoder, model, held_out, sequential=True)
@@ -191,12 +173,18 @@ GPTQ: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("variant", GPTQ)
+@pytest.mark.parametrize(
+    ("kind", "variant"),
+    [
+        *(("dense", variant) for variant in GPTQ),
+        *(("moe", variant) for variant in ("study", "static groups", "symmetric, mse")),
+    ],
+)
 def test_gptq(folder, windows, held_out, variant):
     knobs = {"bits": 4, "group_size": 32, "symmetric": False, **GPTQ[variant]}
     scheme = Scheme(**{key: knobs[key] for key in ("bits", "group_size", "symmetric")})
     own = {key: knobs[key] for key in knobs.keys() - {"bits", "group_size", "symmetric"}}
-    decoder, ours = walked(folder, Gptq(GptqSettings(**own)), scheme, windows)
+    decoder, ours = walked(folder, built("gptq", **own), scheme, windows)
     model = plain.load(folder)
     theirs = plain.gptq(model, windows, **knobs, follow=ours)
     check(ours, theirs, decoder, model, held_out, sequential=True)
@@ -208,7 +196,7 @@ def test_gptq_where_few_tokens_reach_an_expert(folders, windows, held_out):
     model = plain.load(folder)
     starved = starved_linears(model, few)
     decoder, ours = walked(
-        folder, Gptq(GptqSettings()), Scheme(bits=4, group_size=16, symmetric=False), few
+        folder, built("gptq"), Scheme(bits=4, group_size=16, symmetric=False), few
     )
     theirs = plain.gptq(model, few, 4, 16, follow=ours)
     check(ours, theirs, decoder, model, held_out, sequential=True)
@@ -230,7 +218,7 @@ def test_gptq_where_no_token_activates_a_channel(folders, kind, windows, held_ou
     """Such columns are cleared, and count as diagonal 1 in the order and in the damping's mean."""
     folder = folders[f"{kind} dead"]
     scheme = Scheme(bits=4, group_size=32, symmetric=False)
-    decoder, ours = walked(folder, Gptq(GptqSettings(act_order=act_order)), scheme, windows)
+    decoder, ours = walked(folder, built("gptq", act_order=act_order), scheme, windows)
     model = plain.load(folder)
     theirs = plain.gptq(model, windows, 4, 32, act_order=act_order, follow=ours)
     check(ours, theirs, decoder, model, held_out, sequential=True)
@@ -263,7 +251,7 @@ def test_awq_where_few_tokens_reach_an_expert(folders, windows, held_out):
     check(ours, theirs, decoder, model, held_out)
 
 
-@pytest.mark.parametrize("group_size", [32, -1])
+@pytest.mark.parametrize(("kind", "group_size"), [("dense", 32), ("dense", -1), ("moe", 32)])
 def test_awq_where_clipping_cuts_both_sides(folder, windows, held_out, group_size):
     ours, theirs, decoder, model = awq_on(folder, {"bits": 4, "group_size": group_size}, windows)
     check_clipped(ours, theirs, decoder, model, held_out)
@@ -311,7 +299,7 @@ def trained(which):
 def test_gptq_on_a_trained_model(which):
     folder, windows, held_out = trained(which)
     scheme = Scheme(bits=4, group_size=128, symmetric=False)
-    decoder, ours = walked(folder, Gptq(GptqSettings()), scheme, windows)
+    decoder, ours = walked(folder, built("gptq"), scheme, windows)
     model = plain.load(folder)
     theirs = plain.gptq(model, windows, 4, 128, follow=ours)
     check(ours, theirs, decoder, model, held_out, sequential=True)
@@ -329,7 +317,7 @@ def awq_on(folder, knobs, windows):
     theirs = plain.awq(model, windows, **knobs)
     knobs = dict(knobs)
     scheme = Scheme(bits=knobs.pop("bits"), group_size=knobs.pop("group_size"), symmetric=False)
-    decoder, ours = walked(folder, Awq(AwqSettings(**knobs)), scheme, windows)
+    decoder, ours = walked(folder, built("awq", **knobs), scheme, windows)
     return ours, theirs, decoder, model
 
 
@@ -354,7 +342,7 @@ def test_smoothquant(folder, windows, variant):
     scheme = Scheme(
         bits=knobs.pop("bits"), group_size=-1, symmetric=True, act_bits=knobs.pop("act_bits")
     )
-    method = SmoothQuant(SmoothQuantSettings(**knobs))
+    method = built("smoothquant", **knobs)
     decoder, ours = walked(folder, method, scheme, windows if knobs.get("smooth", True) else None)
     same_codes(ours, theirs)
     put(ours, model)
@@ -383,7 +371,7 @@ def test_billm(folders, windows, held_out, which, metric):
         windows = windows[:8]
         starved_linears(model, windows)
     scheme = Scheme(bits=1, group_size=64, symmetric=False)
-    decoder, ours = walked(folder, Billm(BillmSettings(salient_metric=metric)), scheme, windows)
+    decoder, ours = walked(folder, built("billm", salient_metric=metric), scheme, windows)
     theirs = plain.billm(model, windows, block_size=64, metric=metric, follow=ours)
     assert ours.keys() == theirs.keys()
     for name, (expected, _, near) in theirs.items():

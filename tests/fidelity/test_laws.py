@@ -13,32 +13,19 @@ from q3q.data.windows import consecutive_windows, draw_windows, encoder
 from q3q.evaluate.perplexity import perplexity
 from q3q.models.checkpoint import Checkpoint, load_tokenizer
 from q3q.models.decoder import load_decoder
-from q3q.quantize.methods.awq import Awq
-from q3q.quantize.methods.gptq import Gptq
-from q3q.quantize.methods.rtn import Rtn
-from q3q.quantize.methods.settings import (
-    AwqSettings,
-    GptqSettings,
-    RtnSettings,
-    SmoothQuantSettings,
-)
-from q3q.quantize.methods.smoothquant import SmoothQuant
 from q3q.quantize.walk import quantize_model
 from q3q.spec import Scheme
 from tests.fidelity import plain
-from tests.fidelity.test_drivers import Nowhere, choices, same_codes, walked, worth
+from tests.fidelity.test_drivers import choices, same_codes, walked, worth
+from tests.methods import built
+from tests.nowhere import Nowhere
 
-METHODS = {
-    "rtn": lambda: Rtn(RtnSettings()),
-    "gptq": lambda: Gptq(GptqSettings()),
-    "awq": lambda: Awq(AwqSettings()),
-    "smoothquant": lambda: SmoothQuant(SmoothQuantSettings()),
-}
+METHODS = ("rtn", "gptq", "awq", "smoothquant")
 
 
-@pytest.mark.parametrize("bits", [2, 4])
-@pytest.mark.parametrize("group_size", [-1, 32])
-@pytest.mark.parametrize("act_order", [True, False])
+@pytest.mark.parametrize(
+    ("bits", "group_size", "act_order"), [(2, -1, True), (2, 32, False), (4, 32, True)]
+)
 def test_gptqs_objective_is_below_rtns_at_every_linear(
     folder, windows, bits, group_size, act_order
 ):
@@ -47,10 +34,10 @@ def test_gptqs_objective_is_below_rtns_at_every_linear(
     hidden, kwargs = plain.first_inputs(plain.load(folder), windows)
     hessians = plain.hessians_of(layer, list(plain.linears(layer)), hidden, kwargs)
     scheme = Scheme(bits=bits, group_size=group_size, symmetric=False)
-    gptq = Gptq(GptqSettings(act_order=act_order, true_sequential=False))
+    gptq = built("gptq", act_order=act_order, true_sequential=False)
     solved, nearest = (
         walked(folder, gptq, scheme, windows)[1],
-        walked(folder, METHODS["rtn"](), scheme, None)[1],
+        walked(folder, built("rtn"), scheme, None)[1],
     )
     for name, seen in hessians.items():
         weight = plain.linears(layer)[name].weight
@@ -87,10 +74,10 @@ class Unrounded:
 @pytest.mark.parametrize(
     "method",
     [
-        Awq(AwqSettings()),
-        Awq(AwqSettings(v_to_o=True)),
-        SmoothQuant(SmoothQuantSettings()),
-        SmoothQuant(SmoothQuantSettings(alpha=0.8, o_and_down=True)),
+        built("awq"),
+        built("awq", v_to_o=True),
+        built("smoothquant"),
+        built("smoothquant", alpha=0.8, o_and_down=True),
     ],
     ids=["awq", "awq v_to_o", "smoothquant", "smoothquant o_and_down"],
 )
@@ -144,7 +131,7 @@ def test_act_order_does_not_see_how_hidden_units_are_numbered(folder, windows, h
             elif name == down:
                 block.weights[name] = weight[..., order]
     assert worth(decoders[1], held_out) == pytest.approx(worth(decoders[0], held_out), rel=1e-5)
-    gptq = Gptq(GptqSettings(act_order=act_order, true_sequential=False))
+    gptq = built("gptq", act_order=act_order, true_sequential=False)
     with torch.inference_mode():
         plainly, renumbered = (
             choices(quantize_model(decoder, gptq, scheme, windows, Nowhere()))
@@ -176,8 +163,8 @@ def test_act_order_does_not_see_how_hidden_units_are_numbered(folder, windows, h
 def test_static_grids_are_those_of_rounding_to_nearest(folder, windows):
     """Whatever the inputs and the order: GPTQ chooses codes alone."""
     scheme = Scheme(bits=4, group_size=32, symmetric=False)
-    _, solved = walked(folder, Gptq(GptqSettings(static_groups=True)), scheme, windows)
-    _, nearest = walked(folder, METHODS["rtn"](), scheme, None)
+    _, solved = walked(folder, built("gptq", static_groups=True), scheme, windows)
+    _, nearest = walked(folder, built("rtn"), scheme, None)
     for name, one in solved.items():
         torch.testing.assert_close(one.scale, nearest[name].scale)
         assert torch.equal(one.zero, nearest[name].zero)
@@ -204,7 +191,7 @@ def perplexity_of(demo, method=None, scheme=None):
         if method is not None:
             quantize_model(
                 decoder,
-                METHODS[method](),
+                built(method),
                 scheme,
                 None if method == "rtn" else calibration,
                 Nowhere(),

@@ -4,13 +4,9 @@ import json
 import shlex
 from pathlib import Path
 
-from hydra import compose, initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
-
 from q3q.attempt import finished_record
 from q3q.config.command import command_of
-from q3q.config.resolve import trial_from
-from q3q.config.schema import register, with_plain_keys
+from q3q.config.schema import with_plain_keys
 from q3q.models import demo
 from q3q.placement import Trial
 from q3q.record import Sweep, TrialRecord, load_trial
@@ -20,6 +16,7 @@ from q3q.storage.identity import storage_id
 from q3q.track.__main__ import main as track
 from q3q.trial import attempt_trial
 from q3q.trials.stored import find_trials, listed
+from tests.composed import composed_trial
 
 __all__ = [
     "MODELS",
@@ -43,14 +40,9 @@ __all__ = [
 MODELS = Path(demo.__file__).parent
 
 
-def trial_of(command: str, conf: Path) -> Trial:
+def trial_of(command: str) -> Trial:
     """Return the trial that the words after `python launch.py` mean."""
-    register()
-    GlobalHydra.instance().clear()
-    with initialize_config_dir(str(conf), version_base="1.3"):
-        return trial_from(
-            compose("config", [with_plain_keys(word) for word in shlex.split(command)])
-        )
+    return composed_trial(*(with_plain_keys(word) for word in shlex.split(command)))
 
 
 def text_of(trial: Trial) -> str:

@@ -30,7 +30,6 @@ from tests.golden.adapter import (
 )
 
 HERE = Path(__file__).parent
-CONF = HERE.parent.parent / "conf"
 STORAGE = HERE / "storage_1de2977"
 # What a record says of its machine and its times; its samples' checksum, which depends on pyarrow's
 # version; and tags that are digests: of a record with its places, which are another folder's here,
@@ -103,7 +102,7 @@ def test_ids_and_specs_are_those_of_1de2977(row, tmp_path, study_data, hub_cache
         command = command.replace(f"={word}", f"={place}").replace(f"//{word}", f"//{place}")
     if "storage=" not in command:
         command += f" storage={tmp_path / 'mlruns'}"
-    trial = trial_of(command.replace("COMMIT", COMMIT), CONF)
+    trial = trial_of(command.replace("COMMIT", COMMIT))
     text = text_of(trial)
     if name == "store":
         places["MIRROR"] = Path(json.loads(text)["places"]["trials"]).parent
@@ -184,7 +183,7 @@ def test_the_folder_is_listed_as_1de2977_listed_it(storage):
 def again(command, storage):
     """Return the trial that a command of the old folder means in this one."""
     words = command.removeprefix("python launch.py ").replace(STORAGE_WAS, str(storage))
-    return trial_of(words.replace(TEXT_WAS, str(HERE / "garden.txt")), CONF)
+    return trial_of(words.replace(TEXT_WAS, str(HERE / "garden.txt")))
 
 
 @pytest.mark.parametrize("name", files("sweeps/*.json"))
@@ -213,14 +212,14 @@ STOPPED = (
 
 
 def test_the_stopped_trial_goes_on_from_its_blocks(storage, tmp_path):
-    trial = trial_of(f"{STOPPED} storage={storage}", CONF)
+    trial = trial_of(f"{STOPPED} storage={storage}")
     assert len(list((storage / "trials" / trial.id / "blocks").glob("*.safetensors"))) == 2
     record = attempt_trial(trial)
     assert record.completed
     assert record.notes["blocks_from_disk"] == 2
     path, machine = (HERE / "expected" / name for name in ("undisturbed.json", "arithmetic.txt"))
     if os.environ.get("Q3Q_WRITE_GOLDEN"):
-        undisturbed = trial_of(f"{STOPPED} storage={tmp_path / 'other'}", CONF)
+        undisturbed = trial_of(f"{STOPPED} storage={tmp_path / 'other'}")
         attempt_trial(undisturbed)
         same(path, written(tmp_path / "other" / "trials" / trial.id, tmp_path / "other"))
         same(machine, arithmetic() + "\n")
@@ -269,6 +268,7 @@ def arithmetic():
     return hashlib.sha256(b"".join(part.numpy().tobytes() for part in parts)).hexdigest()
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("study", ["all", "grid", "experts"])
 def test_a_report_is_the_one_that_1de2977_wrote(study, storage, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

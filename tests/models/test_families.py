@@ -21,24 +21,21 @@ from q3q.models.families import registry
 from q3q.models.loading import open_checkpoint
 from q3q.models.streaming import StreamedDecoder
 from q3q.quantize.ledger import Ledger, sizes
-from q3q.quantize.methods.awq import Awq
-from q3q.quantize.methods.gptq import Gptq
-from q3q.quantize.methods.settings import AwqSettings, GptqSettings, SmoothQuantSettings
-from q3q.quantize.methods.smoothquant import SmoothQuant
 from q3q.quantize.walk import quantize_model
 from q3q.spec import Scheme
 from tests.composed import composed_trial
-from tests.fidelity.test_drivers import Nowhere
+from tests.methods import built
 from tests.models.families import COMMON, KINDS, build
+from tests.nowhere import Nowhere
 from tests.test_plugins import pretend_to_install
 
 ROOT = Path(__file__).parents[2]
 CONF, GUIDE = ROOT / "conf", ROOT / "docs" / "FAMILY_GUIDE.md"
 GRID = Scheme(bits=4, group_size=4, symmetric=False)
 METHODS = {
-    "gptq": lambda: Gptq(GptqSettings()),
-    "awq": lambda: Awq(AwqSettings(v_to_o=True, grid=3)),
-    "smoothquant": lambda: SmoothQuant(SmoothQuantSettings(o_and_down=True)),
+    "gptq": lambda: built("gptq"),
+    "awq": lambda: built("awq", v_to_o=True, grid=3),
+    "smoothquant": lambda: built("smoothquant", o_and_down=True),
 }
 
 

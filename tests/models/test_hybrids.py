@@ -20,15 +20,14 @@ from q3q.models.delta import GatedDelta, delta_rule, delta_rule_plain
 from q3q.models.delta_sizes import DeltaSizes
 from q3q.models.facts import read_facts
 from q3q.models.streaming import StreamedDecoder
-from q3q.quantize.methods.awq import Awq
 from q3q.quantize.methods.settings import AwqSettings, RtnSettings, SmoothQuantSettings
-from q3q.quantize.methods.smoothquant import SmoothQuant
 from q3q.quantize.scales import migrate_scale, storable
 from q3q.quantize.walk import quantize_model
 from q3q.spec import Scheme, Schemes
 from tests.composed import compose
-from tests.fidelity.test_drivers import Nowhere
+from tests.methods import built
 from tests.models.families import HYBRIDS, build, nest
+from tests.nowhere import Nowhere
 
 SIZES = DeltaSizes(key_heads=2, value_heads=6, key_dim=10, value_dim=7, width=3)
 
@@ -208,12 +207,12 @@ def test_methods_that_scale_take_what_stays_unquantized_along(kind, tmp_path):
             x = expected
         return sum(found), {name for block in blocks for name in block.changed}
 
-    plain, changed = errors(SmoothQuant(SmoothQuantSettings(smooth=False)))
+    plain, changed = errors(built("smoothquant", smooth=False))
     assert not changed
     apart = {name for block in original.blocks for site in block.sites for name in site.apart}
     for method in (
-        Awq(AwqSettings(v_to_o=True, grid=4, clip=False)),
-        SmoothQuant(SmoothQuantSettings(o_and_down=True)),
+        built("awq", v_to_o=True, grid=4, clip=False),
+        built("smoothquant", o_and_down=True),
     ):
         scaled, changed = errors(method)
         norms = {"input_layernorm.weight", "post_attention_layernorm.weight"}

@@ -60,6 +60,7 @@ def test_the_sum_is_that_of_the_formula():
     assert logsum(torch.tensor([[1.0, torch.nan]]))[0].isnan().all()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     find_spec("triton") is None,
     reason="Triton is not installed: the fused kernel is not tested here",

@@ -28,7 +28,6 @@ from q3q.quantize.activations import Activations, show_inputs
 from q3q.quantize.method import ScaleTask, SiteTask
 from q3q.quantize.methods import awq
 from q3q.quantize.methods.awq import (
-    Awq,
     awq_round_plain,
     clip_search,
     first_lowest,
@@ -37,11 +36,12 @@ from q3q.quantize.methods.awq import (
     scaled_rounding,
     still_racing,
 )
-from q3q.quantize.methods.settings import AwqSettings
 from q3q.quantize.scales import migrate_scale, scale_task
 from q3q.quantize.statistics import StoredInputs
 from q3q.quantize.walk import quantize_model
 from q3q.spec import Scheme
+from tests.methods import built
+from tests.nowhere import Nowhere
 
 SCHEME = Scheme(bits=3, group_size=16, symmetric=False)
 QKV = [f"self_attn.{x}_proj.weight" for x in "qkv"]
@@ -249,14 +249,6 @@ def plain_awq(block, hidden, scheme):
     return scales, codes, from_tie
 
 
-class Nowhere:
-    def load(self, index):
-        return None
-
-    def store(self, block):
-        pass
-
-
 @pytest.mark.parametrize("symmetric", [True, False])
 @torch.inference_mode()
 def test_a_block_comes_out_as_in_the_plain_transcription(decoder, windows, kind, symmetric):
@@ -275,7 +267,7 @@ def test_a_block_comes_out_as_in_the_plain_transcription(decoder, windows, kind,
         }
         original = decoder.blocks[0] = original.with_weights(longer)
     scales, codes, from_tie = plain_awq(original, decoder.embed(windows), scheme)
-    block = quantize_model(decoder, Awq(AwqSettings()), scheme, windows, Nowhere())[0]
+    block = quantize_model(decoder, built("awq"), scheme, windows, Nowhere())[0]
     if kind == "moe":  # some experts are starved, some are not
         assert 0 < len(block.notes["blocks.0.down"]["starved_experts"]) < 4
     for site, norm in (
@@ -313,7 +305,7 @@ def test_one_linear_comes_out_as_in_the_plain_algorithm(
     weight = torch.where(weight > 0, weight, weight / 16)
     x = x @ torch.randn(64, 64, generator=generator) * torch.rand(64, generator=generator) ** 3
     scheme = Scheme(bits=3, group_size=group_size, symmetric=symmetric)
-    method = Awq(AwqSettings(scale=scale, clip=clip, grid=grid))
+    method = built("awq", scale=scale, clip=clip, grid=grid)
     kept = method.observe()
     kept.update(SiteInput(x, [x]))
     applied = torch.ones(1, 64)
@@ -383,7 +375,7 @@ def test_clip_search_equals_the_plain_loops(monkeypatch, group_size, tokens, at_
 
 def observed(decoder, windows, index=0):
     """Return a block, its inputs, and AWQ's statistics of its sites."""
-    block, method = decoder.blocks[index].with_weights({}), Awq(AwqSettings())
+    block, method = decoder.blocks[index].with_weights({}), built("awq")
     hidden = [decoder.embed(part) for part in windows.split(5)]
     statistics = {site.name: method.observe() for site in block.sites}
     for x in hidden:
@@ -459,7 +451,7 @@ def chosen_scales(decoder, windows, index, scheme, race):
     with tried weights.
     """
     block, hidden, statistics = observed(decoder, windows, index)
-    method, scales, judged = Awq(AwqSettings(race=race)), [], 0
+    method, scales, judged = built("awq", race=race), [], 0
     for group in block.scale_groups:
         task = task_of(decoder, block, group, statistics[group.site.name], hidden)
         run, apply = task.run, task.apply
@@ -597,9 +589,9 @@ def test_scaling_v_and_o_shares_a_scale_among_the_heads_that_read_one_value(deco
     task = task_of(decoder, block, block.scale_groups[1], statistics["o"], hidden)
     chosen: list[torch.Tensor] = []
     apply, task.apply = task.apply, chosen.append
-    Awq(AwqSettings()).rebalance(task, SCHEME)
+    built("awq").rebalance(task, SCHEME)
     assert not chosen  # v and o differ in shape (grouped-query attention): unscaled by default
-    Awq(AwqSettings(v_to_o=True)).rebalance(task, SCHEME)
+    built("awq", v_to_o=True).rebalance(task, SCHEME)
     heads = chosen[0].view(2, 3, 8)
     torch.testing.assert_close(heads, heads[:, :1].expand_as(heads))
     assert heads.std() > 0.01

@@ -7,21 +7,15 @@ from q3q.errors import NumericsError, ShapeError
 from q3q.evaluate.integrity import check_weights
 from q3q.numerics.binary_weights import BinarizedWeight
 from q3q.quantize.block_store import BlockStore
-from q3q.quantize.methods.billm import Billm, SortedRows, billm_round, billm_round_plain
+from q3q.quantize.methods.billm import SortedRows, billm_round, billm_round_plain
 from q3q.quantize.methods.settings import BillmSettings
 from q3q.quantize.walk import quantize_model
 from q3q.spec import Scheme
 from tests.fidelity.plain import billm_linear
+from tests.methods import built
+from tests.nowhere import Nowhere
 
 SCHEME = Scheme(bits=1, group_size=16, symmetric=False)
-
-
-class Nowhere:
-    def load(self, index):
-        return None
-
-    def store(self, block):
-        pass
 
 
 def problem(experts=1, rows=12, columns=128, seed=0, dtype=torch.float64):
@@ -97,11 +91,11 @@ def test_searching_in_pieces_changes_nothing(monkeypatch):
 def test_factoring_a_few_experts_at_a_time_changes_nothing(moe_decoder, windows, monkeypatch):
     """With 4 experts of which a chunk takes one or two."""
     block = list(moe_decoder.blocks)
-    quantize_model(moe_decoder, Billm(BillmSettings()), SCHEME, windows, Nowhere())
+    quantize_model(moe_decoder, built("billm"), SCHEME, windows, Nowhere())
     whole = moe_decoder.blocks
     moe_decoder.blocks = block
     monkeypatch.setattr("q3q.quantize.statistics.HESSIAN_BYTES", 4 * 32 * 32)
-    quantize_model(moe_decoder, Billm(BillmSettings()), SCHEME, windows, Nowhere())
+    quantize_model(moe_decoder, built("billm"), SCHEME, windows, Nowhere())
     for a, b in zip(whole, moe_decoder.blocks, strict=True):
         assert all(torch.equal(a.weights[name], b.weights[name]) for name in a.weights)
 
@@ -171,18 +165,14 @@ def test_a_walk_gives_one_bit_weights_and_goes_on_after_a_kill(decoder, windows,
         )
 
     whole, broken, resumed = again(), again(), again()
-    results = quantize_model(
-        whole, Billm(BillmSettings()), SCHEME, windows, BlockStore(tmp_path / "whole")
-    )
+    results = quantize_model(whole, built("billm"), SCHEME, windows, BlockStore(tmp_path / "whole"))
     with pytest.raises(KeyboardInterrupt):
-        quantize_model(
-            broken, Billm(BillmSettings()), SCHEME, windows, DiesAfterOne(tmp_path / "broken")
-        )
+        quantize_model(broken, built("billm"), SCHEME, windows, DiesAfterOne(tmp_path / "broken"))
     assert all(
         check.passed for check in check_weights(whole, [result.quantized for result in results])
     )
     store = BlockStore(tmp_path / "broken")
-    quantize_model(resumed, Billm(BillmSettings()), SCHEME, windows, store)
+    quantize_model(resumed, built("billm"), SCHEME, windows, store)
     assert store.reused == 1
     for block, other, result in zip(whole.blocks, resumed.blocks, results, strict=True):
         assert all(torch.equal(block.weights[name], other.weights[name]) for name in block.weights)
@@ -200,14 +190,14 @@ def test_a_walk_gives_one_bit_weights_and_goes_on_after_a_kill(decoder, windows,
 @torch.inference_mode()
 def test_the_next_block_is_calibrated_on_binarized_outputs(decoder, windows):
     first, block = decoder.blocks[0], decoder.blocks[1]
-    quantize_model(decoder, Billm(BillmSettings()), SCHEME, windows, Nowhere())
+    quantize_model(decoder, built("billm"), SCHEME, windows, Nowhere())
     alone = type(decoder)(
         decoder.facts, decoder.embedding_VH, decoder.norm_H, decoder.head_VH, [block]
     )
     entrance = decoder.blocks[0](decoder.embed(windows), decoder.rope)
     assert not torch.equal(entrance, first(decoder.embed(windows), decoder.rope))
     alone.embed = lambda ids: entrance[: len(ids)]
-    quantize_model(alone, Billm(BillmSettings()), SCHEME, windows, Nowhere())
+    quantize_model(alone, built("billm"), SCHEME, windows, Nowhere())
     for name in block.weights:
         assert torch.equal(alone.blocks[0].weights[name], decoder.blocks[1].weights[name])
 
@@ -217,7 +207,7 @@ def test_an_expert_with_few_tokens_is_binarized_without_a_hessian_and_named(moe_
     weights = dict(moe_decoder.blocks[0].weights)
     gate = torch.zeros_like(weights["mlp.gate.weight"])  # ties: always the same two
     moe_decoder.blocks[0] = moe_decoder.blocks[0].with_weights({"mlp.gate.weight": gate})
-    results = quantize_model(moe_decoder, Billm(BillmSettings()), SCHEME, windows, Nowhere())
+    results = quantize_model(moe_decoder, built("billm"), SCHEME, windows, Nowhere())
     starved = results[0].notes["blocks.0.gate_up"]["starved_experts"]
     assert len(starved) == 2
     assert results[0].notes["blocks.0.down"]["starved_experts"] == starved

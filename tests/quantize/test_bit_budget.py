@@ -21,18 +21,11 @@ from q3q.quantize.search import mean_divergence
 from q3q.quantize.walk import quantize_model
 from q3q.spec import Scheme, TrialSpec
 from q3q.storage.files import sealed
+from tests.nowhere import Nowhere
 from tests.quantize.conftest import random_decoder
 from tests.specs import evaluation_of, make_spec, method_of
 
 SCHEME = Scheme(bits=3, group_size=16, symmetric=False)
-
-
-class Nowhere:
-    def load(self, index):
-        return None
-
-    def store(self, block):
-        pass
 
 
 def budget_of(**changes):

@@ -19,19 +19,20 @@ from q3q.numerics.levels import FloatLevels, RowPeaks
 from q3q.quantize.block_store import BlockStore
 from q3q.quantize.method import ScaleTask, SiteTask, levels_for, plain_levels
 from q3q.quantize.methods import gptq
-from q3q.quantize.methods.awq import Awq, PieceErrors, awq_round_plain
+from q3q.quantize.methods.awq import PieceErrors, awq_round_plain
 from q3q.quantize.methods.build import build_method
 from q3q.quantize.methods.gptq import gptq_round, gptq_round_plain
-from q3q.quantize.methods.settings import AwqSettings
 from q3q.quantize.sites import _divided_by_rows
 from q3q.quantize.walk import quantize_model
 from q3q.scheme import InputRounding
 from q3q.spec import Scheme, Schemes
+from tests.methods import built
+from tests.nowhere import Nowhere
 from tests.quantize import conftest
 from tests.quantize.conftest import random_decoder
 from tests.quantize.test_block_store import same
 from tests.quantize.test_gptq import problem
-from tests.quantize.test_walk import DiesAfter, Nowhere, copy
+from tests.quantize.test_walk import DiesAfter, copy
 from tests.specs import make_spec
 
 
@@ -172,7 +173,7 @@ def test_awq_is_the_plain_algorithm(kind, clip):
     scheme = SCHEMES[kind]
     weight = torch.randn(6, 64, generator=generator)
     x = torch.randn(300, 64, generator=generator) * torch.rand(64, generator=generator) ** 3
-    method = Awq(AwqSettings(clip=clip, grid=6))
+    method = built("awq", clip=clip, grid=6)
     kept = method.observe()
     kept.update(SiteInput(x, [x]))
     applied = torch.ones(1, 64)

@@ -11,20 +11,9 @@ from q3q.models.checkpoint import Checkpoint
 from q3q.models.decoder import load_decoder
 from q3q.quantize import sites
 from q3q.quantize.methods import gptq
-from q3q.quantize.methods.awq import Awq
-from q3q.quantize.methods.billm import Billm
-from q3q.quantize.methods.gptq import Gptq
-from q3q.quantize.methods.rtn import Rtn
-from q3q.quantize.methods.settings import (
-    AwqSettings,
-    BillmSettings,
-    GptqSettings,
-    RtnSettings,
-    SmoothQuantSettings,
-)
-from q3q.quantize.methods.smoothquant import SmoothQuant
 from q3q.quantize.walk import quantize_model
 from q3q.spec import Scheme
+from tests.methods import built
 
 DEMO = Path(q3q.models.demo.__file__).parent
 # Small parts, so that there are several to divide: batches, experts of a site, and rows.
@@ -33,15 +22,15 @@ CPU_ROWS = 256
 INPUTS = {"act_format": "nvfp4", "act_bits": 4, "act_group_size": 16, "act_scales": "calibrated"}
 GROUPS = Scheme(bits=3, group_size=64, symmetric=False, **INPUTS)
 CASES = {
-    "rtn": (Rtn(RtnSettings()), GROUPS),
-    "gptq": (Gptq(GptqSettings()), GROUPS),
-    "gptq at once": (Gptq(GptqSettings(true_sequential=False, act_order=True)), GROUPS),
-    "awq": (Awq(AwqSettings()), GROUPS),
+    "rtn": (built("rtn"), GROUPS),
+    "gptq": (built("gptq"), GROUPS),
+    "gptq at once": (built("gptq", true_sequential=False, act_order=True), GROUPS),
+    "awq": (built("awq"), GROUPS),
     "smoothquant": (
-        SmoothQuant(SmoothQuantSettings(o_and_down=True)),
+        built("smoothquant", o_and_down=True),
         Scheme(bits=8, group_size=-1, symmetric=True),
     ),
-    "billm": (Billm(BillmSettings()), Scheme(bits=1, group_size=64, symmetric=True)),
+    "billm": (built("billm"), Scheme(bits=1, group_size=64, symmetric=True)),
 }
 
 

@@ -10,10 +10,10 @@ from q3q.numerics.levels import IntegerLevels
 from q3q.numerics.linalg import damped_factor, inverse_upper_cholesky
 from q3q.numerics.weights import QuantizedWeight, round_to_grid
 from q3q.quantize.method import SiteTask
-from q3q.quantize.methods.gptq import Gptq, gptq_round, gptq_round_plain
-from q3q.quantize.methods.settings import GptqSettings
+from q3q.quantize.methods.gptq import gptq_round, gptq_round_plain
 from q3q.quantize.statistics import Gram
 from q3q.spec import Scheme
+from tests.methods import built
 
 
 def scheme(bits=3, group_size=16, symmetric=False):
@@ -92,7 +92,7 @@ def test_a_dead_columns_one_weighs_in_damping_on_the_official_scale(gptq_in_doub
     for part in x.split(4):
         gram.update(SiteInput(part.flatten(0, 1), [part.flatten(0, 1)], windows=len(part)))
     official = 2 / 6 * (x.flatten(0, 1).T @ x.flatten(0, 1)).double()
-    fast = Gptq(GptqSettings(damping=0.5)).quantize(SiteTask(0, "qkv", weight, {}, gram), scheme())
+    fast = built("gptq", damping=0.5).quantize(SiteTask(0, "qkv", weight, {}, gram), scheme())
     _, codes = gptq_round_plain(weight[0].double(), official, scheme(), damping=0.5, act_order=True)
     [(_, hessian)] = gptq_in_doubles
     off_scale = gptq_round(weight, hessian, scheme(), damping=0.5, act_order=True).weight

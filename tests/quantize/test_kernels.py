@@ -79,6 +79,7 @@ def test_a_cpu_takes_the_loop_of_few_calls():
     assert block_solver(torch.device("cpu"), IntegerLevels(4, True)) is solve_block
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     find_spec("triton") is None,
     reason="Triton is not installed: the fused kernel is not tested here",

@@ -1,7 +1,6 @@
 """Experts: each one's codes are its own, and every way of calibrating them does what it says."""
 
 from dataclasses import replace
-from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,16 +28,12 @@ from q3q.quantize.statistics import MIN_EXPERT_TOKENS, Gram, Peak, StoredInputs
 from q3q.quantize.walk import quantize_model
 from q3q.spec import Scheme
 from tests.composed import compose
+from tests.methods import built
+from tests.nowhere import Nowhere
 from tests.quantize.conftest import random_decoder
 
 CONF = Path(__file__).parents[2] / "conf"
 GATE, UP, DOWN = (f"mlp.experts.{name}_proj.weight" for name in ("gate", "up", "down"))
-
-
-def built(name, **settings):
-    chosen = SETTINGS[name](**settings)
-    module, _, kind = chosen.implementation.partition(":")
-    return getattr(import_module(module), kind)(chosen)
 
 
 METHODS = [name for name, settings in SETTINGS.items() if settings.quantizes]
@@ -47,14 +42,6 @@ METHODS = [name for name, settings in SETTINGS.items() if settings.quantizes]
 def scheme_for(name):
     bits = 3 if 3 in SETTINGS[name].bits else SETTINGS[name].bits[0]
     return Scheme(bits=bits, group_size=16, symmetric=SETTINGS[name].default_symmetric)
-
-
-class Nowhere:
-    def load(self, index):
-        return None
-
-    def store(self, block):
-        pass
 
 
 def first_block(decoder):

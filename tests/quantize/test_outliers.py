@@ -9,15 +9,14 @@ from q3q.config.patterns import linears, matching_linears
 from q3q.errors import NumericsError
 from q3q.quantize.ends import quantize_ends
 from q3q.quantize.methods.awq import Awq
-from q3q.quantize.methods.rtn import Rtn
-from q3q.quantize.methods.settings import AwqSettings, RtnSettings
 from q3q.quantize.walk import quantize_model
 from q3q.spec import Scheme, Schemes
+from tests.methods import built
+from tests.nowhere import Nowhere
 from tests.quantize.conftest import random_decoder
-from tests.quantize.test_awq import Nowhere
 
 
-@pytest.mark.parametrize("method", [Rtn(RtnSettings()), Awq(AwqSettings())], ids=["rtn", "awq"])
+@pytest.mark.parametrize("method", [built("rtn"), built("awq")], ids=["rtn", "awq"])
 @pytest.mark.parametrize("place", ["self_attn.k_proj.weight", "mlp.down_proj.weight"])
 @torch.inference_mode()
 def test_a_weight_too_large_for_16_bit_scales_is_left_out_as_the_line_says(method, place, windows):

@@ -27,6 +27,7 @@ from q3q.quantize.methods.smoothquant import SmoothQuant
 from q3q.quantize.search import mean_divergence, search_variants
 from q3q.quantize.walk import quantize_model
 from q3q.spec import Scheme
+from tests.methods import built
 
 SCHEME = Scheme(bits=8, group_size=-1, symmetric=True, act_bits=6)
 
@@ -139,7 +140,7 @@ def test_alpha_is_searched_and_the_choice_is_the_same_again(decoder, windows):
     losses = first["divergence"]
     assert first["chosen"] == min(losses, key=losses.get)
     assert len(set(losses.values())) == 3
-    assert SmoothQuant(SmoothQuantSettings()).variants() == {}
+    assert built("smoothquant").variants() == {}
 
 
 @torch.inference_mode()

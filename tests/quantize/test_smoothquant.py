@@ -10,16 +10,10 @@ from q3q.quantize.methods.smoothquant import SmoothQuant, smoothquant_round_plai
 from q3q.quantize.statistics import MIN_EXPERT_TOKENS
 from q3q.quantize.walk import quantize_model
 from q3q.spec import Scheme
+from tests.methods import built
+from tests.nowhere import Nowhere
 
 SCHEME = Scheme(bits=4, group_size=-1, symmetric=True, act_bits=8)
-
-
-class Nowhere:
-    def load(self, index):
-        return None
-
-    def store(self, block):
-        pass
 
 
 def copy(decoder):
@@ -72,9 +66,7 @@ def test_a_walk_equals_the_plain_algorithm(decoder, windows, kind, alpha):
     """
     original = copy(with_outliers(decoder))
     inputs = inputs_of(original, windows)
-    results = quantize_model(
-        decoder, SmoothQuant(SmoothQuantSettings(alpha=alpha)), SCHEME, windows, Nowhere()
-    )
+    results = quantize_model(decoder, built("smoothquant", alpha=alpha), SCHEME, windows, Nowhere())
     for old, new, seen, result in zip(
         original.blocks, decoder.blocks, inputs, results, strict=True
     ):
@@ -235,11 +227,11 @@ def test_a_killed_walk_goes_on_with_the_smoothed_norms(decoder, windows, tmp_pat
     original = with_outliers(decoder)
     whole, resumed = copy(original), copy(original)
     with BlockStore(tmp_path) as store:
-        quantize_model(whole, SmoothQuant(SmoothQuantSettings()), SCHEME, windows, store)
+        quantize_model(whole, built("smoothquant"), SCHEME, windows, store)
     for path in tmp_path.glob("block_001*"):
         path.unlink()
     store = BlockStore(tmp_path)
-    quantize_model(resumed, SmoothQuant(SmoothQuantSettings()), SCHEME, windows, store)
+    quantize_model(resumed, built("smoothquant"), SCHEME, windows, store)
     assert store.reused == 1
     for a, b in zip(whole.blocks, resumed.blocks, strict=True):
         assert all(torch.equal(a.weights[name], b.weights[name]) for name in a.weights)

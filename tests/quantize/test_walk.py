@@ -12,30 +12,23 @@ from q3q.numerics.weights import QuantizedWeight
 from q3q.quantize.block_store import BlockStore
 from q3q.quantize.ends import quantize_ends
 from q3q.quantize.methods.awq import Awq
-from q3q.quantize.methods.gptq import Gptq, gptq_round
-from q3q.quantize.methods.rtn import Rtn
-from q3q.quantize.methods.settings import AwqSettings, GptqSettings, RtnSettings
+from q3q.quantize.methods.gptq import gptq_round
+from q3q.quantize.methods.settings import AwqSettings
 from q3q.quantize.sites import stack_rows
 from q3q.quantize.statistics import MIN_EXPERT_TOKENS, Gram
 from q3q.quantize.walk import quantize_model
 from q3q.spec import Scheme, Schemes
+from tests.methods import built
+from tests.nowhere import Nowhere
 
 SCHEME = Scheme(bits=3, group_size=16, symmetric=False)
 METHODS = {
-    "rtn": lambda: Rtn(RtnSettings()),
-    "gptq": lambda: Gptq(GptqSettings()),
-    "gptq_whole": lambda: Gptq(GptqSettings(true_sequential=False, act_order=False)),
-    "awq": lambda: Awq(AwqSettings()),
-    "awq_v_to_o": lambda: Awq(AwqSettings(v_to_o=True)),
+    "rtn": lambda: built("rtn"),
+    "gptq": lambda: built("gptq"),
+    "gptq_whole": lambda: built("gptq", true_sequential=False, act_order=False),
+    "awq": lambda: built("awq"),
+    "awq_v_to_o": lambda: built("awq", v_to_o=True),
 }
-
-
-class Nowhere:
-    def load(self, index):
-        return None
-
-    def store(self, block):
-        pass
 
 
 class DiesAfter(BlockStore):
@@ -134,7 +127,7 @@ def test_true_sequential_gptq_equals_running_the_whole_block_again_for_each_site
         for name, part in rows.items():  # linear by linear, as there
             solved = gptq_round(weight[:, part], gram.mean_EII(), SCHEME, act_order=True).weight
             official.weights[name] = solved.dequantize().view_as(official.weights[name])
-    quantize_model(decoder, Gptq(GptqSettings()), SCHEME, windows, Nowhere())
+    quantize_model(decoder, built("gptq"), SCHEME, windows, Nowhere())
     # The method rounds starved experts to nearest, and this twin does not.
     for name in ("self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.o_proj.weight"):
         assert torch.equal(decoder.blocks[0].weights[name], official.weights[name])
@@ -171,8 +164,8 @@ def test_an_expert_that_no_token_reaches_is_rounded_and_named_not_zeroed(moe_dec
     decoder.blocks[0] = decoder.blocks[0].with_weights(weights)
     twin = copy(decoder)
     few = windows[:4]
-    results = quantize_model(decoder, Gptq(GptqSettings(act_order=False)), SCHEME, few, Nowhere())
-    quantize_model(twin, Rtn(RtnSettings()), SCHEME, None, Nowhere())
+    results = quantize_model(decoder, built("gptq", act_order=False), SCHEME, few, Nowhere())
+    quantize_model(twin, built("rtn"), SCHEME, None, Nowhere())
     starved = results[0].notes["blocks.0.gate_up"]["starved_experts"]
     assert 2 in starved
     name = "mlp.experts.down_proj.weight"
@@ -187,9 +180,7 @@ def test_awq_gives_an_expert_that_few_tokens_reach_no_scale_and_no_clipping_of_i
     moe_decoder, windows, clip
 ):
     original = moe_decoder.blocks[0]
-    results = quantize_model(
-        moe_decoder, Awq(AwqSettings(clip=clip)), SCHEME, windows[:6], Nowhere()
-    )
+    results = quantize_model(moe_decoder, built("awq", clip=clip), SCHEME, windows[:6], Nowhere())
     notes = results[0].notes
     tokens = notes["blocks.0.gate_up"]["tokens_per_expert"]
     starved = [e for e in range(4) if tokens[e] < MIN_EXPERT_TOKENS]
@@ -251,7 +242,7 @@ def test_an_outlier_whose_scale_does_not_fit_16_bits_is_refused_by_name(decoder,
     weight = decoder.blocks[1].weights["self_attn.k_proj.weight"].clone()
     weight[0, 0] = 1e7
     decoder.blocks[1] = decoder.blocks[1].with_weights({"self_attn.k_proj.weight": weight})
-    method = Awq(AwqSettings(scale=False, clip=False)) if name == "awq" else METHODS[name]()
+    method = built("awq", scale=False, clip=False) if name == "awq" else METHODS[name]()
     with pytest.raises(
         NumericsError, match=r"blocks\.1\.self_attn\.k_proj: its largest weight, .* 65504 at most"
     ):
@@ -351,12 +342,12 @@ def test_a_producer_that_is_left_out_keeps_the_scale_that_its_reader_was_given(
     decoder.blocks = decoder.blocks[:1]
     before = decoder.blocks[0]
     x, twin = decoder.embed(windows), copy(decoder)
-    quantize_model(decoder, Awq(AwqSettings(clip=False)), near_exact, windows, BlockStore(tmp_path))
+    quantize_model(decoder, built("awq", clip=False), near_exact, windows, BlockStore(tmp_path))
     assert not torch.equal(decoder.blocks[0].weights[up], before.weights[up])
     expected, output = before(x, decoder.rope), decoder.blocks[0](x, decoder.rope)
     assert (output - expected).norm() < 0.05 * expected.norm()
     quantize_model(
-        twin, Awq(AwqSettings(clip=False)), near_exact, windows, BlockStore(tmp_path)
+        twin, built("awq", clip=False), near_exact, windows, BlockStore(tmp_path)
     )  # all from disk
     assert torch.equal(twin.blocks[0](x, twin.rope), output)
 
@@ -379,7 +370,7 @@ def test_the_scale_search_receives_the_scheme_of_its_site(decoder, windows):
     assert bits == {"qkv": [3, 3], "o": [3], "gate_up": [3, 3], "down": [3, 7]}
     uneven = Schemes(SCHEME, {"blocks.0.self_attn.q_proj": {"bits": 7}})
     with pytest.raises(IncompatibleError, match=r"blocks\.0\.qkv: .* one setting"):
-        quantize_model(decoder, Awq(AwqSettings()), uneven, windows, Nowhere())
+        quantize_model(decoder, built("awq"), uneven, windows, Nowhere())
 
 
 @torch.inference_mode()

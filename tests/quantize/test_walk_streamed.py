@@ -22,30 +22,19 @@ from q3q.numerics.weights import QuantizedWeight
 from q3q.quantize import runs, sites
 from q3q.quantize.block_store import BlockStore
 from q3q.quantize.ends import quantize_ends
-from q3q.quantize.methods.awq import Awq
-from q3q.quantize.methods.billm import Billm
-from q3q.quantize.methods.gptq import Gptq
-from q3q.quantize.methods.rtn import Rtn
-from q3q.quantize.methods.settings import (
-    AwqSettings,
-    BillmSettings,
-    GptqSettings,
-    RtnSettings,
-    SmoothQuantSettings,
-)
-from q3q.quantize.methods.smoothquant import SmoothQuant
 from q3q.quantize.search import search_variants
 from q3q.quantize.walk import quantize_model, quantized_blocks
 from q3q.scheme import InputRounding
 from q3q.spec import Scheme, Schemes
+from tests.methods import built
 
 METHODS = {
-    "rtn": lambda: Rtn(RtnSettings()),
-    "gptq": lambda: Gptq(GptqSettings()),
-    "gptq_at_once": lambda: Gptq(GptqSettings(true_sequential=False)),
-    "awq": lambda: Awq(AwqSettings()),
-    "smoothquant": lambda: SmoothQuant(SmoothQuantSettings()),
-    "billm": lambda: Billm(BillmSettings()),
+    "rtn": lambda: built("rtn"),
+    "gptq": lambda: built("gptq"),
+    "gptq_at_once": lambda: built("gptq", true_sequential=False),
+    "awq": lambda: built("awq"),
+    "smoothquant": lambda: built("smoothquant"),
+    "billm": lambda: built("billm"),
 }
 INPUTS = {"act_format": "nvfp4", "act_bits": 4, "act_group_size": 16, "act_scales": "calibrated"}
 SCHEME = Scheme(bits=3, group_size=16, symmetric=False, **INPUTS)
@@ -83,8 +72,9 @@ def same_codes(ours, theirs):
         assert all(peak > 0 for peak in a.peaks.values())
 
 
-@pytest.mark.parametrize("kind", ["dense", "moe"])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    ("name", "kind"), [*((name, "dense") for name in METHODS), ("gptq", "moe"), ("awq", "moe")]
+)
 def test_a_streamed_walk_gives_the_resident_ones_bits(
     random_checkpoint, tmp_path, windows, kind, name
 ):
@@ -184,8 +174,10 @@ def test_a_streamed_walk_that_was_killed_goes_on_and_ends_with_the_same_bits(
         store.delete()
 
 
-@pytest.mark.parametrize("name", ["rtn", "gptq", "gptq_at_once"])
-@pytest.mark.parametrize("route", ["top_k", "all"])
+@pytest.mark.parametrize(
+    ("name", "route"),
+    [("rtn", "top_k"), ("gptq", "top_k"), ("gptq", "all"), ("gptq_at_once", "top_k")],
+)
 def test_chunks_of_experts_change_no_bit(
     random_checkpoint, tmp_path, windows, name, route, monkeypatch
 ):
@@ -310,7 +302,7 @@ def test_ends_of_a_streamed_model(random_checkpoint, tied, monkeypatch):
 
 def test_variants_are_tried_on_a_streamed_model_too(random_checkpoint, windows):
     folder = random_checkpoint()
-    variants = {f"alpha={a}": SmoothQuant(SmoothQuantSettings(alpha=a)) for a in (0.3, 0.7)}
+    variants = {f"alpha={a}": built("smoothquant", alpha=a) for a in (0.3, 0.7)}
     results = [
         search_variants(
             model,

@@ -9,6 +9,7 @@ import torch
 from q3q.quantize.methods.build import build_method
 from q3q.quantize.walk import quantize_model
 from q3q.spec import Scheme
+from tests.nowhere import Nowhere
 from tests.quantize.conftest import random_decoder
 from tests.specs import make_spec
 
@@ -18,14 +19,6 @@ NAMES = {
     "dead queries": ("self_attn.q_proj", "self_attn.k_proj"),
     "a dead MLP": ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
 }
-
-
-class Nowhere:
-    def load(self, index):
-        return None
-
-    def store(self, block):
-        pass
 
 
 @pytest.mark.parametrize("method", ["rtn", "gptq", "awq", "smoothquant", "billm"])

@@ -13,7 +13,10 @@ from q3q.record import COMPLETED, TrialRecord
 from q3q.report import drawn, write
 from q3q.report.about import About, Report
 from q3q.report.drawn import DRAWN, TrialFiles, current_report
+from tests.damage import a_folder, flipped, gone, torn
 from tests.specs import evaluation_of, make_spec, method_of
+
+pytestmark = pytest.mark.usefixtures("undrawn")
 
 STORIES = "perplexity/stories"
 ABOUT = About(name="a study", command="python launch.py", predicted={"another's": 1.0})
@@ -151,22 +154,7 @@ def test_other_code_or_libraries_draw_it_again(
     assert len(draws) == 2
 
 
-def torn(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-9])
-
-
-def flipped(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
-def a_folder(path: Path) -> None:
-    path.unlink()
-    path.mkdir()
-
-
-@pytest.mark.parametrize("damage", [Path.unlink, torn, flipped, a_folder])
+@pytest.mark.parametrize("damage", [gone, torn, flipped, a_folder])
 def test_damage_to_any_file_of_it_draws_it_again(
     damage: Callable[[Path], None], records: list[TrialRecord], draws: list[Path], tmp_path: Path
 ) -> None:

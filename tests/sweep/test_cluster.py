@@ -206,11 +206,11 @@ def test_a_task_too_large_for_every_machine_is_refused(cluster):
 
 
 def test_a_cluster_that_may_grow_is_given_time(cluster, monkeypatch):
-    monkeypatch.setattr(cluster, "patience", 2.0)
+    monkeypatch.setattr(cluster, "patience", 0.5)
     begin = time.monotonic()
     outcomes = run(cluster, Task(key="huge", call=lambda _: 1, resources=Resources(cpus=1000)))
     assert isinstance(outcomes["huge"].error, ConfigError)
-    assert time.monotonic() - begin > 2.0
+    assert time.monotonic() - begin > 0.5
 
 
 def test_keys_must_differ(cluster):
@@ -320,6 +320,7 @@ def test_a_task_that_gets_another_share_of_a_gpu_that_failed_comes_to_another_gp
     assert (outcome.value, outcome.attempts) == ("1", 3)
 
 
+@pytest.mark.slow
 def test_a_task_whose_gpu_failed_ends_where_others_hold_all_other_gpus(
     cluster, tmp_path, monkeypatch
 ):
@@ -396,12 +397,12 @@ def test_a_large_sweep_waits_in_the_driver_not_in_ray(cluster):
     begin = time.monotonic()
     ended = excess = 0
     for _ in cluster.run(
-        [Task(key=str(i), call=CountedCall()) for i in range(300)], lambda *_: None
+        [Task(key=str(i), call=CountedCall()) for i in range(100)], lambda *_: None
     ):
         ended += 1
         excess = max(excess, CountedCall.sent - ended)
-    print(f"{(time.monotonic() - begin) / 300 * 1000:.1f} ms per empty task")
-    assert ended == CountedCall.sent == 300
+    print(f"{(time.monotonic() - begin) / 100 * 1000:.1f} ms per empty task")
+    assert ended == CountedCall.sent == 100
     # Silent so far; known to have started, and perhaps ended; running.
     assert excess <= 8 + 8 + 2
 
@@ -534,6 +535,7 @@ def start_program(tmp_path):
     return start
 
 
+@pytest.mark.slow
 def test_a_local_cluster_is_on_loopback_and_its_workers_do_not_outlive_a_killed_driver(
     start_program,
 ):

@@ -16,6 +16,7 @@ from q3q.config.schema import tracking_uri
 from q3q.errors import EXIT_MISUSED, TrackingError
 from q3q.track.mlflow import MlflowTracker
 from tests.commands import python
+from tests.damage import a_folder, a_link
 from tests.track.test_mlflow import children, saved, sweep, synced
 
 
@@ -37,36 +38,18 @@ def truncate(path: Path) -> None:
     os.truncate(path, 100_000)
 
 
-def zero(path: Path) -> None:
-    path.write_bytes(bytes(path.stat().st_size))
-
-
 def zero_middle(path: Path) -> None:
     with path.open("r+b") as file:
         file.seek(8192)
         file.write(bytes(40_000))
 
 
-def empty(path: Path) -> None:
-    path.write_bytes(b"")
-
-
 def text(path: Path) -> None:
     path.write_text("these are notes\n" * 99)
 
 
-def folder(path: Path) -> None:
-    path.unlink()
-    path.mkdir()
-    (path / "x").touch()
-
-
-def dangling(path: Path) -> None:
-    path.unlink()
-    path.symlink_to("nowhere")
-
-
-DAMAGE = [truncate, zero, zero_middle, empty, text, folder, dangling]
+# tests/track/test_idle.py has an empty file.
+DAMAGE = [truncate, zero_middle, text, a_folder, a_link]
 
 
 @pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: damage.__name__)
@@ -100,7 +83,7 @@ def test_a_database_that_another_process_writes_is_not_damaged(filled: Path) -> 
     assert not list(filled.glob("mlflow.db.damaged*"))
 
 
-@pytest.mark.parametrize("damage", [truncate, zero, text], ids=lambda damage: damage.__name__)
+@pytest.mark.parametrize("damage", [truncate, text], ids=lambda damage: damage.__name__)
 def test_a_file_that_the_user_named_is_never_renamed(
     damage: Callable[[Path], None], filled: Path, tmp_path: Path
 ) -> None:
