@@ -164,9 +164,16 @@ def fp8(model: str, output: Path, settings: dict[str, Any], windows: Tensor) -> 
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, FineGrainedFP8Config
     from transformers.integrations.finegrained_fp8 import Fp8Quantize
 
-    config = FineGrainedFP8Config(weight_block_size=(128, 128), modules_to_not_convert=["lm_head"])
-    convert = Fp8Quantize(SimpleNamespace(quantization_config=config))
     original = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    # The conversion leaves out what blocks do not divide, here k and v, and so must the config.
+    apart = [
+        name
+        for name, module in original.named_modules()
+        if name.endswith("_proj") and any(side % 128 for side in module.weight.shape)
+    ]
+    left_out = ["lm_head", *apart]
+    config = FineGrainedFP8Config(weight_block_size=(128, 128), modules_to_not_convert=left_out)
+    convert = Fp8Quantize(SimpleNamespace(quantization_config=config))
     tensors: dict[str, Tensor] = {}
     for name, tensor in original.state_dict().items():
         inner = name.startswith("model.layers.") and name.endswith("_proj.weight")
@@ -184,7 +191,7 @@ def fp8(model: str, output: Path, settings: dict[str, Any], windows: Tensor) -> 
     AutoTokenizer.from_pretrained(model).save_pretrained(output)
     loaded = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
     for name, module in loaded.named_modules():
-        if name.endswith("_proj"):
+        if name.endswith("_proj") and name not in apart:
             module.register_forward_pre_hook(_rounded_in_groups)
     return loaded
 
