@@ -165,18 +165,15 @@ def fp8(model: str, output: Path, settings: dict[str, Any], windows: Tensor) -> 
     from transformers.integrations.finegrained_fp8 import Fp8Quantize
 
     original = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    # The conversion leaves out what blocks do not divide, here k and v, and so must the config.
-    apart = [
-        name
-        for name, module in original.named_modules()
-        if name.endswith("_proj") and any(side % 128 for side in module.weight.shape)
-    ]
+    # The conversion leaves out what blocks do not divide, here k and v. q reads the same input.
+    ends = ("q_proj", "k_proj", "v_proj")
+    apart = [name for name, _ in original.named_modules() if name.endswith(ends)]
     left_out = ["lm_head", *apart]
     config = FineGrainedFP8Config(weight_block_size=(128, 128), modules_to_not_convert=left_out)
     convert = Fp8Quantize(SimpleNamespace(quantization_config=config))
     tensors: dict[str, Tensor] = {}
     for name, tensor in original.state_dict().items():
-        inner = name.startswith("model.layers.") and name.endswith("_proj.weight")
+        inner = name.endswith("_proj.weight") and name.removesuffix(".weight") not in apart
         tensors |= convert.convert({name: tensor}) if inner else {name: tensor}
     tied = original.config.tie_word_embeddings
     output.mkdir()
