@@ -65,7 +65,7 @@ PUBLISHED = Peer(
 MODELOPT = Peer(
     name="modelopt",
     script="published.py",
-    requirements=("nvidia-modelopt==0.47.0", "transformers==5.23.0", "accelerate"),
+    requirements=("nvidia-modelopt==0.47.0", "transformers==5.23.0", "accelerate", "requests"),
 )
 FP8_CACHE = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False}
 

@@ -164,12 +164,16 @@ def fp8(model: str, output: Path, settings: dict[str, Any], windows: Tensor) -> 
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, FineGrainedFP8Config
     from transformers.integrations.finegrained_fp8 import Fp8Quantize
 
-    config = FineGrainedFP8Config(weight_block_size=(128, 128), modules_to_not_convert=["lm_head"])
-    convert = Fp8Quantize(SimpleNamespace(quantization_config=config))
     original = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    # The conversion leaves out what blocks do not divide, here k and v. q reads the same input.
+    ends = ("q_proj", "k_proj", "v_proj")
+    apart = [name for name, _ in original.named_modules() if name.endswith(ends)]
+    left_out = ["lm_head", *apart]
+    config = FineGrainedFP8Config(weight_block_size=(128, 128), modules_to_not_convert=left_out)
+    convert = Fp8Quantize(SimpleNamespace(quantization_config=config))
     tensors: dict[str, Tensor] = {}
     for name, tensor in original.state_dict().items():
-        inner = name.startswith("model.layers.") and name.endswith("_proj.weight")
+        inner = name.endswith("_proj.weight") and name.removesuffix(".weight") not in apart
         tensors |= convert.convert({name: tensor}) if inner else {name: tensor}
     tied = original.config.tie_word_embeddings
     output.mkdir()
@@ -184,7 +188,7 @@ def fp8(model: str, output: Path, settings: dict[str, Any], windows: Tensor) -> 
     AutoTokenizer.from_pretrained(model).save_pretrained(output)
     loaded = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
     for name, module in loaded.named_modules():
-        if name.endswith("_proj"):
+        if name.endswith("_proj") and name not in apart:
             module.register_forward_pre_hook(_rounded_in_groups)
     return loaded
 
@@ -198,53 +202,57 @@ def _rounded_in_groups(_: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]
 
 
 def modelopt(model: str, output: Path, settings: dict[str, Any], windows: Tensor) -> Any:
-    """FP8 is computed by ModelOpt's own emulation. That of NVFP4 needs a GPU: see below."""
+    """Its servers need a GPU, and its emulation has other scales than the files.
+
+    The export gives q, k and v, and gate and up, one scale. So the files' numbers fill a plain
+    model, NVFP4's by ModelOpt's own unpacker, and inputs are rounded here in plain torch.
+    """
     import modelopt.torch.quantization as mtq
     from modelopt.torch.export import export_hf_checkpoint
+    from modelopt.torch.quantization.qtensor import NVFP4QTensor
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     def calibrate(one: Any) -> None:
         for row in windows:
             one(row[None])
 
-    def quantized() -> Any:
-        plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-        return mtq.quantize(plain, getattr(mtq, settings["config"]), calibrate)
-
-    export_hf_checkpoint(quantized(), dtype=torch.float32, export_dir=str(output))
-    AutoTokenizer.from_pretrained(model).save_pretrained(output)
-    if settings["config"].startswith("FP8"):
-        return quantized()  # the export packs its own copy
-    return _unpacked_nvfp4(model, output)
-
-
-def _unpacked_nvfp4(model: str, folder: Path) -> Any:
-    """ModelOpt's unpacker fills a plain model, whose inputs are rounded here in plain torch."""
-    from modelopt.torch.quantization.qtensor import NVFP4QTensor
-    from transformers import AutoModelForCausalLM
-
     plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    stored, modules = _tensors(folder), dict(plain.named_modules())
+    own = mtq.quantize(plain, getattr(mtq, settings["config"]), calibrate)
+    export_hf_checkpoint(own, dtype=torch.float32, export_dir=str(output))
+    AutoTokenizer.from_pretrained(model).save_pretrained(output)
+    plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    stored, modules = _tensors(output), dict(plain.named_modules())
     for name in [key.removesuffix(".input_scale") for key in stored if key.endswith("put_scale")]:
-        weight = modules[name].weight
-        packed = NVFP4QTensor(weight.shape, torch.float32, stored[f"{name}.weight"])
-        numbers = packed.dequantize(
-            dtype=torch.float32,
-            scale=stored[f"{name}.weight_scale"],
-            double_scale=stored[f"{name}.weight_scale_2"],
-            block_sizes={-1: 16},
-        )
+        codes, scale = stored[f"{name}.weight"], stored[f"{name}.weight_scale"]
+        weight, rounding = modules[name].weight, _rounded_by
+        if (factor := stored.get(f"{name}.weight_scale_2")) is None:
+            numbers = codes.float() * scale
+        else:
+            rounding = _rounded_below
+            packed = NVFP4QTensor(weight.shape, torch.float32, codes)
+            numbers = packed.dequantize(
+                dtype=torch.float32, scale=scale, double_scale=factor, block_sizes={-1: 16}
+            )
         weight.data.copy_(numbers)
-        rounding = partial(_rounded_below, stored[f"{name}.input_scale"])
-        modules[name].register_forward_pre_hook(rounding)
+        hook = partial(rounding, stored[f"{name}.input_scale"])
+        modules[name].register_forward_pre_hook(hook)
     return plain
 
 
+def _rounded_by(scale: Tensor, _: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Round to E4M3 with one stored scale."""
+    limited = (inputs[0] / scale).clamp(-448, 448)
+    return (limited.to(torch.float8_e4m3fn).float() * scale, *inputs[1:])
+
+
 def _rounded_below(factor: Tensor, _: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Round to E2M1 with an E4M3 scale for 16 channels, times the stored number; ties to even."""
-    groups = inputs[0].unflatten(-1, (-1, 16))
-    scale = (groups.abs().amax(-1, keepdim=True) / 6 / factor).clamp(2.0**-9, 448)
-    scale = scale.to(torch.float8_e4m3fn).float() * factor
+    """Round to E2M1 with an E4M3 scale for 16 channels, times the stored number; ties to even.
+
+    Scales are multiplied by the number's reciprocal before they are rounded, as vLLM's kernel does.
+    """
+    groups, number = inputs[0].unflatten(-1, (-1, 16)), 1 / factor
+    scale = (number * (groups.abs().amax(-1, keepdim=True) / 6)).clamp(2.0**-9, 448)
+    scale = scale.to(torch.float8_e4m3fn).float() / number
     levels = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
     middles = (levels[1:] + levels[:-1]) / 2
     size = (groups / scale).abs()[..., None]

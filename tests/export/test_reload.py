@@ -116,8 +116,9 @@ def test_floats_come_back_with_the_inputs_that_are_rounded(exported, moe, dtype,
             assert torch.equal(weight, theirs.weights[name]), name
         assert (ours.rounding, ours.own_rounding) == (theirs.rounding, theirs.own_rounding)
     if "act_scales" in scheme:  # a stored factor that is another one is found
-        site, how = next(iter(model.blocks[1].own_rounding.items()))
-        model.blocks[1].own_rounding |= {site: replace(how, number=2 * how.number)}
+        own = dict(model.blocks[1].own_rounding)
+        site = next(iter(own))
+        model.blocks[1].own_rounding = {**own, site: replace(own[site], number=1.5)}
         check = strangers_view(made, model, logits=False).check
         assert "is rounded below the factor" in check.detail
 

@@ -19,8 +19,15 @@ DEMO = Path(q3q.models.demo.__file__).parent
 # Small parts, so that there are several to divide: batches, experts of a site, and rows.
 SMALL = {"BATCH_TOKENS": {"cpu": 256}, "CHUNK_BYTES": 2**20}
 CPU_ROWS = 256
-INPUTS = {"act_format": "nvfp4", "act_bits": 4, "act_group_size": 16, "act_scales": "calibrated"}
-GROUPS = Scheme(bits=3, group_size=64, symmetric=False, **INPUTS)
+GROUPS = Scheme(
+    bits=3,
+    group_size=64,
+    symmetric=False,
+    act_bits=4,
+    act_format="nvfp4",
+    act_group_size=16,
+    act_scales="calibrated",
+)
 CASES = {
     "rtn": (built("rtn"), GROUPS),
     "gptq": (built("gptq"), GROUPS),

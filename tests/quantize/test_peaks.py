@@ -1,6 +1,7 @@
 """Factors of inputs' scales: what calibration finds, stores, and evaluation computes with."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -68,7 +69,7 @@ def test_a_peak_is_the_largest_number_that_the_quantized_block_reads(decoder, wi
         _, largest = seen(decoder.blocks[k], x_BTH, decoder.rope)
         assert result.peaks == pytest.approx(largest, rel=1e-5)
         assert decode(k, (stored := encode(result)).tensors, stored.facts).peaks == result.peaks
-    dynamic = Scheme(**{**NVFP4.__dict__, "act_scales": "dynamic"})
+    dynamic = replace(NVFP4, act_scales="dynamic")
     others = quantize_model(plain, METHODS[name](), dynamic, windows, Nowhere())
     for ours, theirs in zip(results, others, strict=True):  # looking on changes nothing
         assert theirs.peaks == {}
@@ -87,7 +88,7 @@ def test_inputs_are_rounded_below_the_factor_and_only_where_it_was_asked_for(dec
     assert "o" in [site.name for site in decoder.blocks[0].sites]
     peaks = {"blocks.0.qkv": 3.0, "blocks.0.gate_up": 0.5, "blocks.0.down": 7.0}
     block = decoder.blocks[0]
-    otherwise = {name: schemes.of(name).inputs for name in overrides}
+    otherwise = dict.fromkeys(overrides, replace(NVFP4, act_scales="dynamic").inputs)
     RoundedInputs(NVFP4.inputs, frozenset(), otherwise, peaks)(0, block)
     sites = {site.name: site for site in block.sites}
     x = 4 * torch.randn(5, 48, generator=torch.Generator().manual_seed(0))

@@ -36,8 +36,15 @@ METHODS = {
     "smoothquant": lambda: built("smoothquant"),
     "billm": lambda: built("billm"),
 }
-INPUTS = {"act_format": "nvfp4", "act_bits": 4, "act_group_size": 16, "act_scales": "calibrated"}
-SCHEME = Scheme(bits=3, group_size=16, symmetric=False, **INPUTS)
+SCHEME = Scheme(
+    bits=3,
+    group_size=16,
+    symmetric=False,
+    act_bits=4,
+    act_format="nvfp4",
+    act_group_size=16,
+    act_scales="calibrated",
+)
 ACTIVATIONS = [40_000, 0]  # bytes, for some batches and for none
 
 
