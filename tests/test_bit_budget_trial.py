@@ -96,8 +96,8 @@ def test_a_trial_allots_its_bits_shares_sensitivities_and_can_be_typed_without_b
     assert whole.spec.budget is not None
     assert whole.spec.budget.cache == other.metrics["cache_bytes"]
     assert 5.75e6 < taken <= 6e6  # a block from 2 bits to 4 takes 0.2 MB
-    [said] = [words for words in abbreviations([other]).split("; ") if "budget" in words]
-    assert said == (
+    [legend] = [words for words in abbreviations([other]).split("; ") if "budget" in words]
+    assert legend == (
         "budget:6MB:cache@500:block: each block has a width by its sensitivity, the model and the "
         "cache of a text of 500 tokens (1.224 MB) take at most 6 MB."
     )
