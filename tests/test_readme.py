@@ -3,6 +3,7 @@
 import re
 import shlex
 import subprocess
+from dataclasses import fields
 from itertools import chain
 from pathlib import Path
 
@@ -97,7 +98,7 @@ def test_every_module_and_name_that_where_to_look_gives_exists():
 def test_settings_variables_and_flags_that_a_page_names_exist(page):
     text = page.read_text(encoding="utf-8")
     for group, name in re.findall(rf"(?<![\w./])({'|'.join(GROUPS)})\.(\w+)=", text):
-        assert name in GROUPS[group].__dataclass_fields__, f"{group}.{name}"
+        assert name in {field.name for field in fields(GROUPS[group])}, f"{group}.{name}"
     for module, words in re.findall(r"python -m q3q\.(\w+)([^`\n#]*)", text):
         package = ROOT / "q3q" / module
         door = package / "__main__.py" if package.is_dir() else package.with_suffix(".py")
