@@ -149,7 +149,7 @@ def quantized_blocks(checkpoint, trial, *, act_order=False, leave=()):
         result = quantized_block(block, k, trial, act_order=act_order, leave=leave)
         model.blocks[k] = block.with_weights(result.numbers(block.dtype, block.device))
         blocks.append(result)
-    peaks = {}
+    peaks: dict[str, float] = {}
     for block in blocks:
         peaks |= block.full_peaks
     set_activations(model, trial.spec, peaks)

@@ -23,7 +23,8 @@ from q3q.quantize.methods.settings import (
 from q3q.quantize.methods.smoothquant import SmoothQuant
 from q3q.quantize.walk import quantize_model
 from q3q.spec import Scheme, Schemes
-from tests.quantize.test_walk import Nowhere, copy
+from tests.nowhere import Nowhere
+from tests.quantize.test_walk import copy
 
 NVFP4 = Scheme(
     bits=4,
@@ -45,7 +46,7 @@ METHODS = {
 
 def seen(block, x_BTH, rope):
     """The block's output, and the largest number that each of its sites reads."""
-    run, largest = block.stages(x_BTH, rope), {}
+    run, largest = block.stages(x_BTH, rope), dict[str, float]()
     while True:
         try:
             site, inputs = next(run)
