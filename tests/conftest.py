@@ -152,7 +152,7 @@ def front_door(monkeypatch, capsys):
         from q3q.config.schema import register
 
         register()
-        code = 0
+        code: object = 0
         try:
             launch.command(sys.argv[1:])
         except SystemExit as end:
