@@ -11,6 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from q3q.models.delta import delta_rule, delta_rule_plain
 from q3q.models.softmax import (
     VarlenLayout,
     attend,
@@ -19,7 +20,6 @@ from q3q.models.softmax import (
     attend_varlen_plain,
     supports_varlen,
 )
-from q3q.models.delta import delta_rule, delta_rule_plain
 from q3q.models.spool import Spool
 from q3q.number_formats import FLOATS
 from q3q.numerics.grouped import (

@@ -13,6 +13,7 @@ package dequantizes it for transformers; the table says what llama.cpp itself co
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -61,6 +62,12 @@ PUBLISHED = Peer(
     script="published.py",
     requirements=("transformers==5.23.0", "accelerate", "bitsandbytes", "auto-round"),
 )
+MODELOPT = Peer(
+    name="modelopt",
+    script="published.py",
+    requirements=("nvidia-modelopt==0.47.0", "transformers==5.23.0", "accelerate"),
+)
+FP8_CACHE = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False}
 
 
 @dataclass(frozen=True)
@@ -80,6 +87,12 @@ CASES = (
         for scheme in ("W4A16", "W8A16", "W8A8", "FP8", "FP8_DYNAMIC", "FP8_BLOCK", "NVFP4A16")
     ),
     Made("llm-compressor NVFP4", "llmcompressor", LLM_COMPRESSOR, {"scheme": "NVFP4"}),
+    Made(
+        "llm-compressor FP8_DYNAMIC, FP8 cache",
+        "llmcompressor",
+        LLM_COMPRESSOR,
+        {"scheme": "FP8_DYNAMIC", "kv_cache_scheme": {**FP8_CACHE, "symmetric": True}},
+    ),
     Made("GPTQModel 4 bits", "gptqmodel", GPTQMODEL, {"bits": 4, "group_size": 128}),
     Made(
         "GPTQModel 4 bits asymmetric, desc_act",
@@ -103,6 +116,15 @@ CASES = (
         PUBLISHED,
         {"bits": 4, "group_size": 128, "iters": 4, "format": "auto_round"},
     ),
+    Made(
+        "auto-round 4 bits, AWQ's format",
+        "autoround",
+        PUBLISHED,
+        {"bits": 4, "group_size": 128, "iters": 4, "sym": False, "format": "auto_awq"},
+    ),
+    Made("transformers FP8, 128 x 128", "fp8", PUBLISHED),
+    Made("ModelOpt FP8", "modelopt", MODELOPT, {"config": "FP8_DEFAULT_CFG"}),
+    Made("ModelOpt NVFP4", "modelopt", MODELOPT, {"config": "NVFP4_DEFAULT_CFG"}),
     *(
         Made(f"llama.cpp {kind}", "gguf", None, {"type": kind})
         for kind in ("Q8_0", "Q5_K_M", "Q4_K_M", "Q4_0", "Q3_K_M", "Q2_K", "IQ4_XS")
@@ -174,7 +196,7 @@ def _compare(case: Made, python: Path, tokens: Path, original: Tensor) -> tuple[
     Raises:
         ContenderError: it was not made.
     """
-    place = tokens.parent / case.name.replace(" ", "-").replace(",", "")
+    place = tokens.parent / re.sub(r"\W+", "-", case.name)
     theirs = _read_by_others(case.maker, python, place, case.settings, tokens)
     found = next(place.rglob("config.json")).parent  # auto-round writes into a folder of its own
     return _row(case, found, tokens, original, theirs)

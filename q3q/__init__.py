@@ -18,7 +18,8 @@ _TIDY = "q3q.report.tidy"
 def results(storage: str | Path = "mlruns", study: str | None = None) -> "DataFrame":
     """Return a table with a row for each trial and metric.
 
-    Its columns are `trial`, `metric`, `value`, `low` and `high` (the 95 % interval of `value`),    `difference` (from the unquantized model; differences of perplexities are in nats, so that the
+    Its columns are `trial`, `metric`, `value`, `low` and `high` (the 95 % interval of `value`),
+    `difference` (from the unquantized model; differences of perplexities are in nats, so that the
     exp of one is the ratio of the two perplexities), and the trial's params by their names in
     MLflow (`method`, `bits`, `calibration` ...). Metrics have their names in MLflow too.
 

@@ -118,7 +118,7 @@ def explain(error: Exception) -> int:
         return EXIT_FAILED
     elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         where, code = f" ({error.filename})" if error.filename else "", EXIT_FAILED
-        line = f"the disk is full{where}: free some space, and the same command goes on"
+        line = f"the disk is full{where}: free some space, and the same command continues"
     elif isinstance(error, OSError) and error.filename and _is_unusable(error):
         line = (
             f"{error.filename}: {error.strerror}. storage= must be a folder that can be made and "
@@ -140,7 +140,7 @@ def _is_unusable(error: OSError) -> bool:
 
 
 def _nobody_reads() -> bool:
-    """Return True if nobody reads standard output, after `| head` say; print no more then."""
+    """Return True if standard output is closed (after `| head`, say), and silence it."""
     pipe = select.poll()
     pipe.register(sys.stdout.fileno(), select.POLLOUT)
     if not any(events & select.POLLERR for _, events in pipe.poll(0)):

@@ -1,4 +1,4 @@
-"""How a command ends when it is told to, or when the terminal that it writes to is gone.
+"""How a command ends on a signal, or when the terminal that it writes to is gone.
 
 A scheduler and a spot machine send SIGTERM; a terminal that is closed, or an ssh that breaks, sends
 SIGHUP. Both raise SystemExit, as Ctrl-C raises KeyboardInterrupt, so that what is open is closed
@@ -89,7 +89,7 @@ def listen() -> Callable[[], None]:
 
 
 def raise_again() -> None:
-    """Raise SystemExit again if a signal raised it and nobody has heard of it.
+    """Raise SystemExit again if a signal raised it and it was swallowed.
 
     Python swallows what a handler raises in a callback of the garbage collector, and libraries
     swallow it elsewhere.

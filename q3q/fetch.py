@@ -1,8 +1,8 @@
 """`python -m q3q.fetch`: download all that a command line of launch.py will need, and run nothing.
 
-It takes launch.py's words: python -m q3q.fetch -m model=qwen3_8b method=gptq bits=2,3. Weights,
-texts and data sets go into the caches that launch.py reads, so it can be run where there is a
-network, before trials run where there is none. What is here is not downloaded again.
+It takes launch.py's arguments: python -m q3q.fetch -m model=qwen3_8b method=gptq bits=2,3. Weights,
+texts and data sets go into the caches that launch.py reads. So you can run it on a machine with a
+network before trials run on one without. Files that are already there are not downloaded again.
 """
 
 import argparse
@@ -42,17 +42,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__,
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="%(prog)s [--list] WORDS OF launch.py",
+        usage="%(prog)s [--list] ARGUMENTS OF launch.py",
     )
     parser.add_argument("--list", action="store_true", help="list with sizes, download nothing")
     options, words = parser.parse_known_args(arguments)
     try:
         needs = union(need for config in configs_of(words) for need in needs_of(config))
         if not needs:
-            print("Nothing to fetch: all that this command line needs ships with q3q or is a file")
+            print("Nothing to fetch: this command needs only what ships with q3q, or local files")
         return listed(needs) if options.list else fetched(needs)
     except KeyboardInterrupt:
-        print("Interrupted; the same command goes on", file=sys.stderr)
+        print("Interrupted; the same command continues", file=sys.stderr)
         return EXIT_INTERRUPTED
     except (Q3QError, HydraException, OmegaConfBaseException, OSError) as error:
         return explain(error)

@@ -13,7 +13,7 @@ from q3q.number_formats import FLOATS, FORMATS, GLOBAL_SCALE_BITS, INT, SCALE_BI
 
 Json = dict[str, Any]
 KV_BITS = (2, 3, 4, 8)
-UNTOUCHED_KV_BITS = 16  # kv_bits=16: as null
+UNTOUCHED_KV_BITS = 16  # the cache stays in 16 bits, even if a published checkpoint rounds it
 # What shares a scale: each head of a token; of keys, each channel of neighbouring tokens; a layer.
 TOKEN, CHANNEL, FIXED = KV_SCALES = ("token", "channel", "fixed")
 KV_CHUNK = 32  # tokens of keys that share a scale by default: KIVI's
@@ -24,7 +24,7 @@ FLOAT_BITS = SCALE_BITS["float"]
 class KvScheme:
     """How a cache stores keys and values.
 
-    bits: of a code
+    bits: of a code; 16 for numbers that stay as they are
     format: of codes, a name of `number_formats`
     scales: what shares one. token: a head of a token, or `group_size` channels of it. channel: of
         keys, each channel of `chunk` neighbouring tokens (KIVI, arXiv 2402.02750); of values, as
@@ -53,7 +53,7 @@ class KvScheme:
             raise ConfigError(
                 f"kv_scales={self.scales} is not known. Choose from: {', '.join(KV_SCALES)}"
             )
-        if self.format == INT and self.bits not in KV_BITS:
+        if self.format == INT and self.bits not in (*KV_BITS, UNTOUCHED_KV_BITS):
             raise ConfigError(
                 f"kv_bits={self.bits} does not exist: give {', '.join(map(str, KV_BITS))}, or null "
                 "for 16"
@@ -72,6 +72,8 @@ class KvScheme:
     def _misfits(self) -> Iterator[str]:
         """Yield in a line each why these settings make no sense together."""
         form = FLOATS.get(self.format)
+        if not self.rounds and self.to_json().keys() - {"bits"}:
+            yield f"kv_bits={self.bits} leaves the cache as it is: drop the other kv_ settings"
         if form is not None:
             if self.bits != form.bits:
                 yield f"kv_bits={self.bits}: numbers of kv_format={form.name} have {form.bits} bits"
@@ -88,7 +90,7 @@ class KvScheme:
             if form is None or form.group_size is not None:
                 yield f"kv_scales=fixed is for kv_format=fp8_e4m3 or fp8_e5m2, not {self.format}"
             if self.group_size != -1:
-                yield f"kv_group_size={self.group_size} has no use with kv_scales=fixed"
+                yield f"kv_group_size={self.group_size} has no effect with kv_scales=fixed"
         if self.chunk == 1 and self.scales == CHANNEL:
             yield "kv_chunk=1: with kv_scales=channel at least 2 tokens share a scale"
         if self.chunk != 1 and self.scales != CHANNEL:
@@ -110,6 +112,11 @@ class KvScheme:
             f"kv_group_size={size} does not divide a head of {head_dim} channels; sizes that do: "
             f"{usable} or null"
         )
+
+    @property
+    def rounds(self) -> bool:
+        """False if keys and values stay in 16 bits."""
+        return self.bits != UNTOUCHED_KV_BITS
 
     @property
     def late(self) -> bool:
@@ -138,6 +145,8 @@ class KvScheme:
     @property
     def about(self) -> str:
         """Say what the name means: `keys and values of 4 bits, a scale for a head of a token`."""
+        if not self.rounds:
+            return "keys and values in 16 bits, which the checkpoint's own config rounds"
         form = FLOATS.get(self.format)
         codes = f"of {self.bits} bits" if form is None else f"in {form.name}"
         size = self.group_size
@@ -165,7 +174,7 @@ class KvScheme:
 
     def bits_of_value(self, head_dim: int) -> float:
         """Return the bits of one number of a value, its part of the scales included."""
-        if self.scales == FIXED:
+        if self.scales == FIXED or not self.rounds:
             return self.bits
         form = FLOATS.get(self.format)
         shared = GLOBAL_SCALE_BITS / head_dim if form is not None and form.scale == "e4m3" else 0
@@ -200,6 +209,6 @@ class CacheShape:
         return self.numbers / 2 * bits / 8
 
     def bytes_at(self, kv: KvScheme | None, tokens: int) -> float:
-        """Return the bytes of a text's cache when it has so many tokens."""
+        """Return the bytes of the cache of a text with this many tokens."""
         rounded = tokens if kv is None else kv.rounded(tokens)
         return rounded * self.token_bytes(kv) + (tokens - rounded) * self.token_bytes(None)

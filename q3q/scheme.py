@@ -17,10 +17,16 @@ from q3q.number_formats import (
 
 Json = dict[str, Any]
 # Of a scheme, absent where they have their default: they are newer than the first records.
-SELDOM_OF_SCHEME = ("format", "group_rows", "four_over_six", "act_format", "act_group_size")
+SELDOM_OF_SCHEME = (
+    *("format", "group_rows", "four_over_six", "act_format", "act_group_size", "act_scales"),
+)
 
 
-ACTIVATION_KEYS = ("act_bits", "act_format", "act_group_size")  # of a scheme
+# Of a scheme: what changes nothing in the quantized blocks. `act_scales` is not among them, as
+# blocks keep the factors that calibration finds.
+ACTIVATION_KEYS = ("act_bits", "act_format", "act_group_size")
+DYNAMIC, CALIBRATED = "dynamic", "calibrated"
+ACT_SCALES = (DYNAMIC, CALIBRATED)  # of act_scales
 
 
 # Where the scales of rounded inputs come from: from the numbers themselves, as they are read; one
@@ -57,7 +63,9 @@ class Scheme:
     format: of codes, a name of `number_formats`; each floating-point one has its own `bits`
     group_rows: neighbouring rows that share a scale, -1 for all rows of a linear
     four_over_six: each group's largest weight becomes 6 or 4, whichever errs less (nvfp4)
-    act_format, act_group_size: of each quantized linear's input, likewise; the scales are dynamic
+    act_format, act_group_size: of each quantized linear's input, likewise
+    act_scales: of the input: `dynamic`, from each token's own numbers; or `calibrated`, below one
+        factor for each site, taken from the largest number of the calibration tokens (nvfp4)
     """
 
     bits: int
@@ -70,6 +78,7 @@ class Scheme:
     four_over_six: bool = False
     act_format: str = INT
     act_group_size: int = -1
+    act_scales: str = DYNAMIC
 
     def __post_init__(self) -> None:
         if not 1 <= self.bits <= 8:
@@ -84,6 +93,7 @@ class Scheme:
         for key, name, known in (
             ("format", self.format, FORMATS),
             ("act_format", self.act_format, ACT_FORMATS),
+            ("act_scales", self.act_scales, ACT_SCALES),
         ):
             if name not in known:
                 raise ConfigError(f"{key}={name} is not known. Choose from: {', '.join(known)}")
@@ -95,12 +105,11 @@ class Scheme:
 
     def _misfits(self) -> Iterator[str]:
         """Yield in a line each why these numbers are not those of their formats."""
-        form, act = own_form(self.format), FLOATS.get(self.act_format)
-        size, act_size = self.group_size, self.act_group_size
+        form, size = own_form(self.format), self.group_size
         if form is None and (self.group_rows != 1 or self.four_over_six):
             key = "four_over_six=true" if self.four_over_six else f"group_rows={self.group_rows}"
             able = "nvfp4" if self.four_over_six else "fp8_e4m3 or format=fp8_e5m2"
-            yield f"{key} has no use with format=int; it is for format={able}"
+            yield f"{key} has no effect with format=int; it is for format={able}"
         if form is not None:
             if self.bits != form.bits:
                 yield f"bits={self.bits}: numbers of format={form.name} have {form.bits} bits"
@@ -120,13 +129,23 @@ class Scheme:
                 yield f"group_rows={self.group_rows}: groups of format={form.name} lie in one row"
             if self.four_over_six and form.scale != "e4m3":
                 yield f"four_over_six=true is for format=nvfp4, not for format={form.name}"
+        yield from self._input_misfits()
+
+    def _input_misfits(self) -> Iterator[str]:
+        """Yield the same of how inputs are rounded."""
+        act, act_size = FLOATS.get(self.act_format), self.act_group_size
         if act is not None and self.act_bits != act.bits:
             yield f"act_bits={self.act_bits}: numbers of act_format={act.name} have {act.bits}"
         if self.act_bits is None and act_size != -1:
-            yield f"act_group_size={act_size} has no use without act_format= or act_bits="
+            yield f"act_group_size={act_size} has no effect without act_format= or act_bits="
         if act is not None and act.group_size not in (None, act_size):
             yield (
                 f"act_group_size={act_size}: groups of act_format={act.name} have {act.group_size}"
+            )
+        if self.calibrates_inputs and (act is None or act.scale != "e4m3"):
+            yield (
+                "act_scales=calibrated is for act_format=nvfp4, whose scales lie below a factor, "
+                f"not for act_format={self.act_format}"
             )
 
     def to_json(self) -> Json:
@@ -143,7 +162,13 @@ class Scheme:
         """How each quantized linear's input is rounded; None leaves it in 16 bits."""
         if self.act_bits is None:
             return None
-        return InputRounding(self.act_bits, self.act_format, self.act_group_size)
+        scales: ActScales = "factor" if self.calibrates_inputs else "dynamic"
+        return InputRounding(self.act_bits, self.act_format, self.act_group_size, scales)
+
+    @property
+    def calibrates_inputs(self) -> bool:
+        """True if rounding the inputs takes a number that calibration finds."""
+        return self.act_scales == CALIBRATED
 
     @property
     def codes(self) -> str:
@@ -155,17 +180,21 @@ class Scheme:
 
     @property
     def activations(self) -> str:
-        """Name what activations are rounded to: `a8`, `afp8`, `anvfp4`; nothing if they are not."""
+        """Name what activations are rounded to: `a8`, `afp8`, `anvfp4`; nothing if they are not.
+
+        `anvfp4 calibrated` has a factor from calibration.
+        """
         if self.act_bits is None:
             return ""
         name = str(self.act_bits) if self.act_format == INT else short_name(self.act_format)
         act = FLOATS.get(self.act_format)
         own = self.act_group_size == -1 or (act is not None and act.group_size is not None)
-        return f"a{name}" + ("" if own else f"g{self.act_group_size}")
+        source = f" {CALIBRATED}" if self.calibrates_inputs else ""
+        return f"a{name}" + ("" if own else f"g{self.act_group_size}") + source
 
     @property
     def own_groups(self) -> bool:
-        """True if the format itself says which columns share a scale: runs of so many neighbours.
+        """True if the format fixes which columns share a scale: runs of `group_size` neighbours.
 
         Its files have no place for the group of each column.
         """
@@ -204,3 +233,9 @@ class Schemes:
             return None
         changes = self.overrides.get(linear)
         return replace(self.base, **changes) if changes else self.base
+
+    @property
+    def calibrates_inputs(self) -> bool:
+        """True if rounding the inputs of some linears takes numbers that calibration finds."""
+        own = (changes.get("act_scales") == CALIBRATED for changes in self.overrides.values())
+        return self.base.calibrates_inputs or any(own)

@@ -340,5 +340,6 @@ def _override_in_a_word(changes: Json) -> str:
         "symmetric": lambda symmetric: "sym" if symmetric else "asym",
         "act_format": lambda name: f"a{short_name(name)}",
         "act_bits": lambda bits: f"a{bits}",
+        "act_scales": lambda scales: f" {scales}",
     }
     return "".join(word(changes[key]) for key, word in words.items() if key in changes)

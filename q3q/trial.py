@@ -81,7 +81,7 @@ def run_trial(trial: Trial, report: Report = lambda event: None, team: Team = SO
             made = quantized(trial, loaded, store, phases, reporter)
         trial = made.trial
         with phases.phase("evaluate"):
-            set_activations(model, trial.spec)
+            set_activations(model, trial.spec, made.ledger.peaks)
             set_cache(model, trial.spec)
             scores = evaluate(model, loaded.tokenizer, trial, reference, reporter)
         checks = check_weights(
@@ -234,7 +234,7 @@ def gpu_loss(error: Exception) -> str:
     """Return in a line that this process's GPU is lost, and which one it is."""
     return (
         f"{this_gpu()} of {platform.node()} failed, or is gone ({str(error).splitlines()[0]}): "
-        "nvidia-smi and the kernel's log there (Xid) say more; the same command goes on from the "
+        "nvidia-smi and the kernel's log there (Xid) say more; the same command continues from the "
         "last block"
     )
 
@@ -252,7 +252,7 @@ def _recorded(trial: Trial, turn: Attempt, team: Team) -> TrialRecord:
         elif isinstance(error, OSError) and error.errno in DISK_FULL:
             reason = (
                 f"the disk is full ({error.filename or trial.folder}); free some space, and the "
-                "same command goes on from the last block"
+                "same command continues from the last block"
             )
         elif GPU_LOST_WORDS.search(str(error)):
             reason = gpu_loss(error)

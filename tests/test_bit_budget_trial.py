@@ -155,7 +155,7 @@ def given(word):
         ("bits=4 budget.bytes=9MB", ConfigError, "bits=4 gives all linears one width"),
         ("bits=3.5 budget.bits=3.5", ConfigError, "say the same"),
         ("budget.bits=4.5 budget.uniform=4", ConfigError, "a budget is one of"),
-        ("bits=many", ConfigError, "bits=many is no number"),
+        ("bits=many", ConfigError, "bits=many is not a number"),
         ("bits=inf", ConfigError, "budget.bits=inf: give a positive number of bits"),
         ("budget.bits=nan", ConfigError, "budget.bits=nan: give a positive number of bits"),
         (
@@ -164,7 +164,7 @@ def given(word):
             r"overrides can set group_size and symmetric, and not bits \(blocks.0\)",
         ),
         ("bits=3.5 method=billm group_size=128", IncompatibleError, "has 1-bit codes alone"),
-        ("bits=3.5 format=mxfp4", IncompatibleError, "have bits of their own"),
+        ("bits=3.5 format=mxfp4", IncompatibleError, "has a fixed number of bits"),
         ("bits=3.5 method=awq budget.unit=linear", IncompatibleError, "budget.unit=site or block"),
         ("bits=3.5 calibration=traces", IncompatibleError, "measured on one text"),
         ("bits=3.5 loader=sharded", IncompatibleError, "not by a gang"),

@@ -271,7 +271,7 @@ GENERATES |= {"doc_to_choice": None, "metric_list": [{"metric": "exact_match"}]}
                 "generation_kwargs": {"do_sample": True, "temperature": 0.7, "until": []},
             },
             [],
-            "mine wants sampled text",
+            "mine asks for sampled text",
         ),
         (
             {**GENERATES, "generation_kwargs": {"num_beams": 2, "until": []}},
@@ -326,7 +326,9 @@ def test_a_task_has_one_place_in_the_record(tmp_path):
     group = {"group": "several", "task": ["stories_who", "stories_where"]}
     mine = write_task(tmp_path)
     (tmp_path / "mine.yaml").write_text(json.dumps(group), encoding="utf-8")
-    with pytest.raises(ConfigError, match=r"stories_who is in .* and in .*; leave one of them out"):
+    with pytest.raises(
+        ConfigError, match=r"stories_who is in both .* and .*; leave one of them out"
+    ):
         spec(*mine, "evaluation.tasks=[several,stories_who]")
 
 
@@ -547,7 +549,7 @@ WRONG = [  # (the command line, what the message must say)
     ("skip=[lm_head]", "skip: lm_head is not in a block; .*head_bits"),
     ("overrides={*.o:{bits:9}}", r"overrides: \*.o: bits=9 is out of range"),
     ("overrides={*.o:{group_size:0}}", r"overrides: \*.o: group_size=0"),
-    ("overrides={*.o:{}}", r"overrides: \*.o says nothing; give bits, group_size, symmetric"),
+    ("overrides={*.o:{}}", r"overrides: \*.o sets nothing; give bits, group_size, symmetric"),
     (
         "overrides={blocks.0:{group_size:96},*.down:{group_size:512}}",
         r"group_size=96 does not divide qkv of block 0, gate_up of block 0 \(256 columns\); .*"
@@ -575,8 +577,8 @@ WRONG = [  # (the command line, what the message must say)
         (f"evaluation=file evaluation.path=NAMED/{name}.txt", f"a file called {name} would be")
         for name in ("wikitext2", "c4", "stories", "library")
     ),
-    ("evaluation.texts=[library,demo,library]", "texts: library is there more than once"),
-    ("evaluation.texts=[file,file] evaluation.path=NAMED/demo.txt", "demo is there more than once"),
+    ("evaluation.texts=[library,demo,library]", "texts: library is given more than once"),
+    ("evaluation.texts=[file,file] evaluation.path=NAMED/demo.txt", "demo is given more than once"),
     ("evaluation.window=1", "evaluation.window=1"),
     ("evaluation.window=4096", "takes at most 2048 tokens"),
     ("evaluation=tasks", r"evaluation.tasks=\[piqa"),
@@ -651,8 +653,8 @@ def test_bad_values_are_refused_in_one_line(error, command, message, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("report.margin=0", "report.margin=0 is no loss: give a number above zero"),
-        ("report.margin=-1", "report.margin=-1 is no loss"),
+        ("report.margin=0", "report.margin=0 is not a margin: give a number above zero"),
+        ("report.margin=-1", "report.margin=-1 is not a margin"),
         ("report.margin=1 evaluation=none", "evaluation=none measures nothing"),
         ("report.margin=1 evaluation.baseline=false", "evaluation.baseline=false leaves it out"),
     ],

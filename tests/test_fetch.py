@@ -282,7 +282,7 @@ def test_each_machine_downloads_all_that_its_trials_need_and_says_what_is_not_to
     del hub.repositories[f"datasets/{PIQA}"]
     download(orders, said.append)
     assert [*hub.cache.rglob("model.safetensors")]
-    [lost] = [line for line in said if "cannot be had now" in line]
+    [lost] = [line for line in said if "cannot be downloaded now" in line]
     assert f"data set {PIQA}" in lost
     hub.repositories[f"datasets/{PIQA}"] = served[f"datasets/{PIQA}"]
     download(orders, said.append)
@@ -367,7 +367,7 @@ def test_machines_that_hang_do_not_keep_trials_from_their_beginning(monkeypatch,
     assert ticks == [600, 1200, 1800]
     assert said[:-1] == ["gpu-2: 1 GB of 2 GB downloaded"] * 2
     assert said[-1] == (
-        "Nothing new was heard of the downloads on gpu-2, node c for 15 minutes: they are ended, "
+        "The downloads on gpu-2, node c made no progress for 15 minutes: they are stopped, "
         "and trials download what they need"
     )
 

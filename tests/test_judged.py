@@ -294,7 +294,7 @@ def test_a_stored_scale_of_inputs_is_read_when_the_folder_is_opened(tmp_path, sc
 
 
 def test_another_model_is_no_candidate(judge, fp8):
-    with pytest.raises(ConfigError, match=r"demo_moe cannot have been made of demo: .*experts"):
+    with pytest.raises(ConfigError, match=r"demo_moe cannot have been made from demo: .*experts"):
         judge("demo_moe")
     with pytest.raises(IncompatibleError, match="model=judge evaluates checkpoints as they are"):
         judge(fp8, "method=rtn")

@@ -1,15 +1,22 @@
 """A scheme of the cache: what is refused, what a trial's id depends on, and the bytes it takes."""
 
 import json
+import shlex
+import shutil
 from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
 from q3q.config.command import command_of
 from q3q.config.kv_cache import cache_notice
+from q3q.config.model import DEMO_MODELS
 from q3q.errors import ConfigError
 from q3q.kv_scheme import CacheShape, KvScheme
+from q3q.models.adjust import set_cache
+from q3q.models.checkpoint import Checkpoint
+from q3q.models.decoder import load_decoder
 from q3q.models.facts import read_facts
 from q3q.models.footprint import cache_shape
 from q3q.models.published.packing import Packing
@@ -34,7 +41,7 @@ KIVI = KvScheme(bits=2, scales="channel", chunk=32, group_size=32, window=128)
     [
         ("kv_bits=5", "kv_bits=5 does not exist: give 2, 3, 4, 8, or null for 16"),
         ("kv_format=bfloat16", "kv_format=bfloat16 is not known"),
-        ("kv_format=int", "kv_format=int says no number of bits: add kv_bits=8, 4, 3 or 2"),
+        ("kv_format=int", "kv_format=int needs a number of bits: add kv_bits=8, 4, 3 or 2"),
         ("kv_bits=8 kv_format=mxfp4", "numbers of kv_format=mxfp4 have 4 bits"),
         ("kv_bits=4 kv_group_size=48", r"does not divide a head of 64 channels.*\[16, 32, 64\]"),
         ("kv_bits=4 kv_chunk=16", "kv_chunk=16 is for kv_scales=channel, not token"),
@@ -87,6 +94,35 @@ def test_the_printed_command_makes_the_same_trial():
     assert nothing.id == composed_trial("method=rtn", "evaluation=none").id
     alone = composed_trial("method=none", "kv_bits=8")
     assert alone.placement.baseline == composed_trial("method=none").id
+
+
+@torch.inference_mode()
+def test_16_bits_turn_off_the_cache_that_a_published_checkpoint_rounds(tmp_path):
+    folder = shutil.copytree(DEMO_MODELS / "dense", tmp_path / "published")
+    cache = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False}
+    settings = {"quant_method": "compressed-tensors", "config_groups": {}, "kv_cache_scheme": cache}
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": settings}))
+    words = ("model=local", f"model.path={folder}", "method=none")
+    own, off = composed_trial(*words), composed_trial(*words, "kv_bits=16")
+    assert (own.spec.kv, off.spec.kv) == (None, KvScheme(bits=16))
+    assert off.id != own.id
+    assert composed_trial(*shlex.split(command_of(off))[2:]).id == off.id
+    assert off.spec.name == "none kv16"
+    ids, states = torch.arange(40)[None], []
+    for spec, place in ((own.spec, folder), (off.spec, folder), (own.spec, DEMO_MODELS / "dense")):
+        model = load_decoder(Checkpoint(place), torch.float32)
+        set_cache(model, spec)
+        states.append(model.hidden(ids))
+    assert torch.equal(states[1], states[2])
+    assert not torch.equal(states[0], states[2])
+    facts = Checkpoint(folder).facts
+    numbers = cache_shape(facts).numbers
+    assert cache_sizes(own, facts) == {"cache_bytes_per_token": numbers}
+    with_context = replace(off, placement=replace(off.placement, context=100))
+    assert cache_sizes(with_context, facts)["cache_bytes"] == 200 * numbers
+    with pytest.raises(ConfigError, match="kv_bits=16 leaves the cache as it is: drop the other"):
+        KvScheme(bits=16, window=4)
 
 
 def test_bytes_of_a_known_model_are_what_one_computes_by_hand():

@@ -44,7 +44,7 @@ def test_a_gpu_that_is_lost_during_a_trial_is_named_in_one_line(monkeypatch, tmp
     record = q3q.trial.attempt_trial(trial)
     assert record.status == "FAILED"
     assert f"failed, or is gone ({words.splitlines()[0]})" in record.reason
-    assert "the same command goes on" in record.reason
+    assert "the same command continues" in record.reason
     assert "\n" not in record.reason
     assert TrialRecord.load(trial.folder / "failed.json").reason == record.reason
 

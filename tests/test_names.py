@@ -166,11 +166,11 @@ def test_the_plan_and_the_list_of_stored_trials_tell_trials_apart(tmp_path):
                 make_spec("smoothquant", act_bits=8, group_size=-1),
             ],
             "gptq, awq: 16-bit activations, groups of 128; "
-            "smoothquant: 8-bit activations, a scale a row.",
+            "smoothquant: 8-bit activations, a scale per row)",
         ),
         (
             [make_spec("gptq", group_size=32), make_spec("rtn", group_size=64)],
-            "gptq: 16-bit activations, groups of 32; rtn: 16-bit activations, groups of 64.",
+            "gptq: 16-bit activations, groups of 32; rtn: 16-bit activations, groups of 64)",
         ),
     ],
 )
@@ -178,7 +178,7 @@ def test_methods_that_get_other_schemes_are_said_in_a_line(specs, words):
     line = unlike_methods(specs)
     assert line == "" if words is None else words in line
     assert "\n" not in line
-    assert line == "" or line.endswith(" act_bits= and group_size= give all methods the same.")
+    assert line == "" or line.endswith(" set act_bits= and group_size=.")
 
 
 def test_the_advice_on_activations_does_not_change_their_format():
@@ -186,5 +186,5 @@ def test_the_advice_on_activations_does_not_change_their_format():
     fp8 = Scheme(bits=8, group_size=-1, symmetric=True, format="fp8_e4m3")
     rounded = replace(fp8, act_bits=8, act_format="fp8_e4m3")
     line = unlike_methods([make_spec("rtn", scheme=fp8), make_spec("smoothquant", scheme=rounded)])
-    assert "rtn: 16-bit activations, a scale a row; smoothquant: fp8 activations" in line
-    assert line.endswith(" act_format= and group_size= give all methods the same.")
+    assert "rtn: 16-bit activations, a scale per row; smoothquant: fp8 activations" in line
+    assert line.endswith(" set act_format= and group_size=.")

@@ -70,7 +70,7 @@ def test_the_printed_command_and_the_record_give_the_trial_back(files):
         ("{stories: FILE}", "q3q's text stories"),
         ("{code: null}", "give the text's file"),
         ("[[code]]", "neither the name of a text"),
-        ("[{code: FILE},{code: FILE}]", "code is there more than once"),
+        ("[{code: FILE},{code: FILE}]", "code is given more than once"),
     ],
 )
 def test_a_name_that_is_none_is_refused_in_a_line(files, entry, said):

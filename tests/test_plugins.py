@@ -296,7 +296,7 @@ def test_the_packages_version_is_part_of_what_a_trial_is(outside, tmp_path):
         (
             "wrong",
             "outside_methods:WrongName",
-            'must say name: str = "wrong", as its entry point does',
+            'must declare name: str = "wrong", as its entry point does',
         ),
         (
             "reserved",
@@ -304,7 +304,7 @@ def test_the_packages_version_is_part_of_what_a_trial_is(outside, tmp_path):
             "has a setting named version, which q3q uses itself",
         ),
         ("unheld", "outside_methods:Unheld", "has a setting of a type that a config cannot hold"),
-        ("nothing", "outside_methods:Nothing", "must say implementation"),
+        ("nothing", "outside_methods:Nothing", "must declare implementation"),
         ("gptq", "outside_methods:Fine", "q3q has a method of that name itself"),
     ],
 )

@@ -202,7 +202,7 @@ def test_settings_of_memory_are_checked_before_anything_runs(trial_of):
     assert trial.placement.loader == "streamed"
     assert trial.id == trial_of().id  # neither changes a number
     assert trial_of().placement.memory is None
-    with pytest.raises(ConfigError, match="memory=plenty is no size"):
+    with pytest.raises(ConfigError, match="memory=plenty is not a size"):
         trial_of("memory=plenty")
     with pytest.raises(ConfigError, match="loader=mapped is not known"):
         trial_of("loader=mapped")

@@ -481,7 +481,7 @@ def test_a_sweep_elsewhere_that_falls_silent_or_whose_file_goes_is_said_to_have_
     assert main(["--storage", str(storage), "attach"]) == 1
     silent = clock.now - alive
     assert abs(silent - bulletin.SILENT_SECONDS) < 2 * bulletin.POLL_SECONDS
-    assert "it died, the same command goes on" in capsys.readouterr().out
+    assert "it died; the same command continues" in capsys.readouterr().out
 
 
 def between_polls(monkeypatch, do):
@@ -545,7 +545,7 @@ def test_a_sweep_that_is_killed_is_seen_to_be(storage, monkeypatch, capsys):
 
         between_polls(monkeypatch, kill)
         assert main(["--storage", str(storage), "attach"]) == 1
-    assert "it died, the same command goes on" in capsys.readouterr().out
+    assert "it died; the same command continues" in capsys.readouterr().out
 
 
 def test_of_several_sweeps_one_is_named(storage, capsys):

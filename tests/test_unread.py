@@ -54,7 +54,7 @@ CONF = Path(__file__).parent.parent / "conf"
         ),
         (
             "kv_window=64",
-            ["kv_window=64 has no effect: nothing is said of the cache, which stays as it is"],
+            ["kv_window=64 has no effect: the cache is not rounded"],
         ),
         ("kv_bits=null,4 kv_window=64", []),
         ("method=none,rtn bits=2,3", []),

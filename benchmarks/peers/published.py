@@ -1,13 +1,14 @@
 """Make a published checkpoint with another quantizer, load it again, and write its logits.
 
 Run in that quantizer's own environment: `python published.py JOB.json`. The job says which maker
-(`llmcompressor`, `gptqmodel`, `bitsandbytes`, `autoround`, `gguf`), the original's folder, where to
-write, the settings, and a file with the token ids `calibration` and `evaluation`. The format's own
-loader reads the files, and transformers computes in float32.
+(`llmcompressor`, `gptqmodel`, `bitsandbytes`, `autoround`, `autoawq`, `fp8`, `modelopt`, `gguf`),
+the original's folder, where to write, the settings, and a file with the token ids `calibration` and
+`evaluation`. The format's own loader reads the files, and transformers computes in float32.
 """
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -123,6 +124,8 @@ def autoround(model: str, output: Path, settings: dict[str, Any], windows: Tenso
     )
     own.quantize_and_save(str(output), format=form)
     folder = next(output.rglob("config.json")).parent  # one of its own, inside
+    if form == "auto_awq":
+        return _unpacked_awq(model, folder)
     loaded = AutoModelForCausalLM.from_pretrained(folder, device_map="cpu")
     plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     modules = dict(plain.named_modules())
@@ -131,6 +134,130 @@ def autoround(model: str, output: Path, settings: dict[str, Any], windows: Tenso
             columns = modules[name].weight.shape[1]
             modules[name].weight.data.copy_(module(torch.eye(columns)).T)
     return plain
+
+
+def _unpacked_awq(model: str, folder: Path) -> Any:
+    """Its loader for processors is GPTQModel, so auto-round's own unpacker fills a plain model."""
+    from auto_round.export.export_to_awq.utils import dequantize_gemm
+    from transformers import AutoModelForCausalLM
+
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    stored, modules = _tensors(folder), dict(plain.named_modules())
+    known = plain.state_dict().keys()  # the file has what is not quantized in float16
+    plain.load_state_dict({k: t.float() for k, t in stored.items() if k in known}, strict=False)
+    for name in [key.removesuffix(".qweight") for key in stored if key.endswith(".qweight")]:
+        words = (stored[f"{name}.{part}"] for part in ("qweight", "qzeros"))
+        scales = stored[f"{name}.scales"].float()
+        weight = dequantize_gemm(*words, scales, config["bits"], config["group_size"]).T
+        modules[name].weight.data.copy_(weight)
+    return plain
+
+
+def fp8(model: str, output: Path, settings: dict[str, Any], windows: Tensor) -> Any:
+    """transformers' FP8 in blocks. Its kernels need a GPU: inputs are rounded here in plain torch.
+
+    Each linear's weights are those of transformers' own conversion, read by its own loader.
+    """
+    from types import SimpleNamespace
+
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, FineGrainedFP8Config
+    from transformers.integrations.finegrained_fp8 import Fp8Quantize
+
+    config = FineGrainedFP8Config(weight_block_size=(128, 128), modules_to_not_convert=["lm_head"])
+    convert = Fp8Quantize(SimpleNamespace(quantization_config=config))
+    original = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in original.state_dict().items():
+        inner = name.startswith("model.layers.") and name.endswith("_proj.weight")
+        tensors |= convert.convert({name: tensor}) if inner else {name: tensor}
+    tied = original.config.tie_word_embeddings
+    output.mkdir()
+    save_file(
+        {key: t.contiguous() for key, t in tensors.items() if not (tied and "lm_head" in key)},
+        output / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    stored = AutoConfig.from_pretrained(model).to_dict()
+    stored |= {"quantization_config": config.to_dict(), "dtype": "float32"}
+    (output / "config.json").write_text(json.dumps(stored, default=str), encoding="utf-8")
+    AutoTokenizer.from_pretrained(model).save_pretrained(output)
+    loaded = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
+    for name, module in loaded.named_modules():
+        if name.endswith("_proj"):
+            module.register_forward_pre_hook(_rounded_in_groups)
+    return loaded
+
+
+def _rounded_in_groups(_: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Round as the Triton kernel act_quant does: a scale for 128 channels of a token."""
+    groups = inputs[0].unflatten(-1, (-1, 128))
+    scale = groups.abs().amax(-1, keepdim=True) / 448
+    scale = torch.where(scale > 0, scale, 1.0)
+    return ((groups / scale).to(torch.float8_e4m3fn).float().mul(scale).flatten(-2), *inputs[1:])
+
+
+def modelopt(model: str, output: Path, settings: dict[str, Any], windows: Tensor) -> Any:
+    """FP8 is computed by ModelOpt's own emulation. That of NVFP4 needs a GPU: see below."""
+    import modelopt.torch.quantization as mtq
+    from modelopt.torch.export import export_hf_checkpoint
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    def calibrate(one: Any) -> None:
+        for row in windows:
+            one(row[None])
+
+    def quantized() -> Any:
+        plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        return mtq.quantize(plain, getattr(mtq, settings["config"]), calibrate)
+
+    export_hf_checkpoint(quantized(), dtype=torch.float32, export_dir=str(output))
+    AutoTokenizer.from_pretrained(model).save_pretrained(output)
+    if settings["config"].startswith("FP8"):
+        return quantized()  # the export packs its own copy
+    return _unpacked_nvfp4(model, output)
+
+
+def _unpacked_nvfp4(model: str, folder: Path) -> Any:
+    """ModelOpt's unpacker fills a plain model, whose inputs are rounded here in plain torch."""
+    from modelopt.torch.quantization.qtensor import NVFP4QTensor
+    from transformers import AutoModelForCausalLM
+
+    plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    stored, modules = _tensors(folder), dict(plain.named_modules())
+    for name in [key.removesuffix(".input_scale") for key in stored if key.endswith("put_scale")]:
+        weight = modules[name].weight
+        packed = NVFP4QTensor(weight.shape, torch.float32, stored[f"{name}.weight"])
+        numbers = packed.dequantize(
+            dtype=torch.float32,
+            scale=stored[f"{name}.weight_scale"],
+            double_scale=stored[f"{name}.weight_scale_2"],
+            block_sizes={-1: 16},
+        )
+        weight.data.copy_(numbers)
+        rounding = partial(_rounded_below, stored[f"{name}.input_scale"])
+        modules[name].register_forward_pre_hook(rounding)
+    return plain
+
+
+def _rounded_below(factor: Tensor, _: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Round to E2M1 with an E4M3 scale for 16 channels, times the stored number; ties to even."""
+    groups = inputs[0].unflatten(-1, (-1, 16))
+    scale = (groups.abs().amax(-1, keepdim=True) / 6 / factor).clamp(2.0**-9, 448)
+    scale = scale.to(torch.float8_e4m3fn).float() * factor
+    levels = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    middles = (levels[1:] + levels[:-1]) / 2
+    size = (groups / scale).abs()[..., None]
+    even = torch.arange(len(middles)) % 2 == 0
+    code = torch.where(even, size > middles, size >= middles).sum(-1)
+    return ((levels[code].copysign(groups) * scale).flatten(-2), *inputs[1:])
+
+
+def _tensors(folder: Path) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for shard in sorted(folder.glob("*.safetensors")):
+        found |= load_file(shard)
+    return found
 
 
 def gguf(model: str, output: Path, settings: dict[str, Any], windows: Tensor) -> Any:

@@ -46,7 +46,7 @@ def width_of(config: DictConfig) -> int | None:
         return None
     if isinstance(bits, bool) or not isinstance(bits, int | float):
         raise ConfigError(
-            f"bits={bits} is no number: give whole bits for all linears, or an average such as 3.5"
+            f"bits={bits} is not a number: give whole bits, or an average such as 3.5"
         )
     return int(bits)
 
@@ -125,23 +125,23 @@ def _refuse_incompatible(config: DictConfig, settings: MethodSettings, shown: st
     name = settings.name
     if len(settings.bits) == 1:
         raise IncompatibleError(
-            f"{shown}: method={name} has {settings.bits[0]}-bit codes alone, so there is nothing "
-            "to allot; its groups change what they take (group_size=)"
+            f"{shown}: method={name} has only one width, {settings.bits[0]} bits, so a budget has "
+            "nothing to choose; group_size= changes how many bytes it takes"
         )
     if config.format != INT:
         raise IncompatibleError(
-            f"{shown}: a budget chooses widths of format=int, and numbers of "
-            f"format={config.format} have bits of their own"
+            f"{shown}: a budget chooses widths for format=int, but format={config.format} has a "
+            "fixed number of bits"
         )
     if settings.work().variants:
         raise IncompatibleError(
-            f"{shown}: with method={name} and its search, what is measured at one width says "
-            "nothing of another: give method.search=false"
+            f"{shown}: method={name} searches its settings for each width, so losses measured at "
+            "single widths do not add up: give method.search=false"
         )
     if config.calibration.source in (MIX, TRACES):
         raise IncompatibleError(
-            f"{shown}: sensitivities are measured on one text, and calibration="
-            f"{config.calibration.source} is none: choose a text"
+            f"{shown}: sensitivities are measured on one text, which calibration="
+            f"{config.calibration.source} does not name: choose a text"
         )
     if settings.rebalances and config.budget.unit == LINEAR:
         raise IncompatibleError(
@@ -170,7 +170,7 @@ def _widths(given: Sequence[int], settings: MethodSettings) -> tuple[int, ...]:
     widths = tuple(sorted(set(given)))
     shown = f"budget.widths=[{','.join(map(str, given))}]"
     if len(widths) < 2:
-        raise ConfigError(f"{shown}: give two widths or more to choose among")
+        raise ConfigError(f"{shown}: give two or more widths to choose from")
     if wrong := [width for width in widths if width not in settings.bits]:
         able = ", ".join(map(str, settings.bits))
         raise ConfigError(

@@ -41,7 +41,7 @@ class Resolved:
 
 @dataclass(frozen=True)
 class _Windows:
-    """The windows that one source is asked for, and the file that it reads, if any."""
+    """The number of windows to draw from one source, and the file that it reads, if any."""
 
     part: CalibrationPart
     file: Path | None
@@ -145,8 +145,8 @@ def _mixed(source: "_Source", samples: int) -> list[_Windows]:
         )
     if source.draw == "documents":
         raise ConfigError(
-            "calibration.draw=documents: how many windows it draws is not known before, and a mix "
-            "has an exact number of each source: give calibration.draw=random or first"
+            "calibration.draw=documents does not draw an exact number of windows, which a mix "
+            "needs from each source: give calibration.draw=random or first"
         )
     found: dict[str, _Windows] = {}
     for name, count in counts(weights, samples).items():

@@ -79,8 +79,7 @@ def resolve_evaluation(config: DictConfig, facts: ModelFacts, folder: Path | Non
     names = [text.name for text in texts]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigError(
-            f"evaluation.texts: {', '.join(twice)} is there more than once, and has one place in "
-            "the record"
+            f"evaluation.texts: {', '.join(twice)} is given more than once; leave out the second"
         )
     drift = AUTO_DRIFT if settings.drift_windows is None else settings.drift_windows
     return replace(
@@ -136,7 +135,7 @@ def _shots_and_limits(
 
 
 def _resolve_tasks(config: DictConfig, facts: ModelFacts, folder: Path | None) -> Evaluation:
-    """Return the tasks, their settings and their data sets, all of which are at hand."""
+    """Return the tasks, their settings and their data sets, which are all available here."""
     settings = config.evaluation
     tasks = list(dict.fromkeys(settings.tasks))
     refuse_unknown("evaluation.chat", settings.chat, tuple(CHATS))
@@ -149,7 +148,7 @@ def _resolve_tasks(config: DictConfig, facts: ModelFacts, folder: Path | None) -
     _check_tasks(tuple(tasks), include)
     if not tasks:
         if settings.name == "tasks":
-            raise ConfigError("evaluation=tasks needs some: evaluation.tasks=[piqa,mmlu]")
+            raise ConfigError("evaluation=tasks needs a list: evaluation.tasks=[piqa,mmlu]")
         _refuse_unread_length(settings)
         return Evaluation()
     template = ""
@@ -179,7 +178,7 @@ def _resolve_tasks(config: DictConfig, facts: ModelFacts, folder: Path | None) -
     if thinks and generating and settings.max_gen_toks is None:
         raise ConfigError(
             f"evaluation.chat={settings.chat} needs evaluation.max_gen_toks=N, the most tokens of "
-            f"a thought and its answer: what {', '.join(generating)} allows is for an answer alone"
+            f"a thought and its answer: the limit of {', '.join(generating)} is for an answer alone"
         )
     return Evaluation(
         tasks=tuple(
@@ -260,4 +259,4 @@ def _check_tasks(tasks: tuple[str, ...], include: Path | None) -> None:
 def _no_task(task: str, names: list[str]) -> str:
     """Say what a name of no task may have meant: one of q3q's own table, if it is like one."""
     own = difflib.get_close_matches(task, TASKS, n=1, cutoff=0.75)
-    return f"evaluation.tasks: {task} is no task of lm-eval{nearest(task, own or names)}".strip()
+    return f"evaluation.tasks: {task} is not a task of lm-eval{nearest(task, own or names)}".strip()

@@ -23,7 +23,7 @@ from q3q.config.words import split
 
 WIDTH, COLUMN = 100, 34
 HEADER = """\
-q3q studies post-training quantization of language models: Qwen3 and 3.5, Llama, Mistral.
+q3q studies post-training quantization of language models: Qwen, Llama, Mistral.
 
   python launch.py method=gptq bits=4                   one trial, in this process
   python launch.py -m method=rtn,gptq,awq bits=2,3,4    a sweep: every combination, in parallel

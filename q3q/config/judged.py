@@ -86,7 +86,7 @@ def refuse_other_shapes(
         differing.insert(0, f"it is a {facts.family.name}, not a {original.family.name}")
     if differing:
         raise ConfigError(
-            f"{model.label} cannot have been made of {reference.label}: {', '.join(differing)}"
+            f"{model.label} cannot have been made from {reference.label}: {', '.join(differing)}"
         )
 
 

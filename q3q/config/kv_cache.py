@@ -28,8 +28,9 @@ def resolve_kv(config: DictConfig, facts: ModelFacts) -> KvScheme | None:
         refuse_unknown("kv_scales", config.kv_scales, KV_SCALES)
     if bits == UNTOUCHED_KV_BITS or (bits is None and name in (None, INT)):
         if name == INT and bits is None:
-            raise ConfigError("kv_format=int says no number of bits: add kv_bits=8, 4, 3 or 2")
-        return None
+            raise ConfigError("kv_format=int needs a number of bits: add kv_bits=8, 4, 3 or 2")
+        own = None if facts.packing is None else facts.packing.kv
+        return KvScheme(bits=bits) if bits and own is not None else None
     name = INT if name is None else name
     form, scales = FLOATS.get(name), config.kv_scales or TOKEN
     size, chunk = config.kv_group_size, config.kv_chunk

@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from q3q.config.budget import asks_for_budget
 from q3q.config.judged import as_candidate, as_reference, is_judged
+from q3q.config.schemes import asks_for_factors
 from q3q.config.texts import absolute, data_folder, evaluated_texts
 from q3q.data.needs import ModelNeed, Need, QuestionsNeed, TextNeed
 from q3q.data.questions import Library
@@ -65,7 +66,9 @@ def needs_of(config: DictConfig) -> list[AnyNeed]:
         if one.model.path is None and one.model.source is not None
     ]
     settings: MethodSettings = OmegaConf.to_object(config.method)  # type: ignore[assignment]
-    if settings.quantizes and (settings.observes() or asks_for_budget(config)):
+    if settings.quantizes and (
+        settings.observes() or asks_for_budget(config) or asks_for_factors(config)
+    ):
         mixed = config.calibration.source == MIX
         sources = config.calibration.mix if mixed else [config.calibration.source]
         needs += [TextNeed(str(one), "calibration", folder) for one in sources if is_from_hub(one)]

@@ -75,9 +75,8 @@ def trial_from(config: DictConfig) -> Trial:
     kv = resolve_kv(config, facts)
     budget = resolve_budget(config, settings, folder, facts, kv)
     schemes, rules = resolve_schemes(config, settings, facts, budget)
-    observes = (
-        schemes is not None and settings.observes() and len(schemes.skip) < len(linears(facts))
-    )
+    reads = schemes is not None and (settings.observes() or schemes.calibrates_inputs)
+    observes = schemes is not None and reads and len(schemes.skip) < len(linears(facts))
     resolved = resolve_calibration(config, settings, folder, facts) if observes else None
     evaluation = resolve_evaluation(of_text, original, home)
     scheme = schemes.base if schemes else None
@@ -100,6 +99,11 @@ def trial_from(config: DictConfig) -> Trial:
     )
     check_ends(spec, facts, settings)
     _note_once(cache_notice(spec.kv, facts))
+    if schemes is not None and schemes.calibrates_inputs and not settings.observes():
+        _note_once(
+            f"method={settings.name} itself reads no text; act_scales=calibrated has it run the "
+            "calibration's, to find each input's largest number"
+        )
     if budget is not None:
         spec = with_base(spec, facts)
     loader, memory = _loading(config, facts, settings.memory(), spec)

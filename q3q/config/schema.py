@@ -31,8 +31,8 @@ TEXT_NAMES = {"demo": "stories"}
 class ModelConfig:
     """The model.
 
-    name: label for people; null: the folder's or file's, or the Hub's
-    source: the Hub's name of the model, ORGANIZATION/NAME; with model=judge also a folder or file
+    name: label for people; null: the name of the folder or file, or that on the Hub
+    source: name on the Hub, ORGANIZATION/NAME; with model=judge also a folder or file
     reference: with model=judge, the original that sources are compared with
     path: folder with config.json, safetensors and tokenizer (`demo:dense` ships with q3q), or a
         GGUF file that lies beside the tokenizer
@@ -55,14 +55,14 @@ class CalibrationConfig:
 
     source: demo, library, wikitext2, c4, pile, file, chat, traces or mix; choose it with
         calibration=
-    path: the text of calibration=file, of a kind that docs/CALIBRATION.md lists, or the
+    path: the text of calibration=file, of a kind that docs/EVALUATION.md lists, or the
         conversations of calibration=chat
     mix: weights of the sources of calibration=mix: {wikitext2: 0.5, file:FILE: 0.5}
-    prompts: what the traces of calibration=traces go on from, FILE or chat:FILE; null: nothing
-    temperature: of traces; 0: each next token is the likeliest
+    prompts: texts that the model continues for calibration=traces, FILE or chat:FILE; null: none
+    temperature: sampling temperature of traces; 0: always the likeliest token
     samples: number of windows
-    length: tokens of a window
-    draw: random, first or documents: which windows of the text
+    length: tokens per window
+    draw: which windows of the text: random, first or documents
     route: experts that see a token, top_k (the router's choice) or all; ignored by dense models
     """
 
@@ -82,15 +82,15 @@ class EvaluationConfig:
     """What is measured.
 
     name: of the suite; choose it with evaluation=
-    texts: perplexity of these, a list of demo, library, wikitext2, c4 or file, and of texts of
-        your own by a name of yours: {code: FILE, german: FILE}
-    tasks: a list of lm-eval's tasks, of q3q's (stories_who ...), or of include_path's own
-    window: tokens of each window of a text
+    texts: texts whose perplexity is measured: a list of demo, library, wikitext2, c4, file, and
+        your own texts under names of yours: {code: FILE, german: FILE}
+    tasks: a list of tasks: lm-eval's, q3q's (stories_who ...), or those in include_path
+    window: tokens per window of a text
     limit: most windows of each text and questions of each task; null: all
     path: the text of evaluation=file
-    task_limit: most questions of each task, where that differs from limit; null: limit
+    task_limit: most questions of each task, if that differs from limit; null: limit
     limits: most questions of single tasks: {mmlu:8}
-    quick: true: windows and questions are drawn at random, once for all trials; metrics' names
+    quick: true: windows and questions are a random sample, the same in all trials; metrics' names
         say so
     num_fewshot: examples in every prompt; null: each task's own number
     shots: examples in the prompts of single tasks: {mmlu:5}
@@ -134,14 +134,14 @@ class DataConfig:
 
 @dataclass
 class ClusterConfig:
-    """The machines. auto: as the plan sees fit, from the model's bytes.
+    """The machines. auto: the plan decides, from the model's bytes.
 
     name: local or existing; choose it with cluster=
     address: HOST:PORT of a running Ray cluster, or auto for the one here; null: start one
-    cpus_per_trial: cores and torch threads; auto: the same part as the trial takes of the memory
+    cpus_per_trial: cores and torch threads; auto: the same fraction as of the memory
     gpus_per_trial: a share of one GPU, 1, or n for a gang of n that divide the model; 0: none;
-        auto: one or, where trials outnumber GPUs, perhaps a share; a gang if one is too small
-    ranks_per_trial: processes that share one trial, a gang; auto: one per GPU, on cores one
+        auto: one or, if trials outnumber GPUs, perhaps a share; a gang if one is too small
+    ranks_per_trial: processes that share one trial, a gang; auto: one per GPU, or one on cores
     memory_per_trial: main memory that a trial reserves, such as 16GB; on GPUs auto is 4 GB,
         two blocks and the activations that the GPU does not hold
     gpu_memory: memory of one GPU, such as 80GB; auto: what nvidia-smi or Ray says
@@ -189,8 +189,8 @@ class ExportConfig:
 class ReportConfig:
     """The report.
 
-    margin: the loss that counts as none: percent of a perplexity, points of an accuracy; the report
-        then says which trials are shown to stay within it (docs/STATISTICS.md); null: not asked
+    margin: the loss that you accept, in percent of a perplexity and in points of an accuracy; the
+        report then says which trials are shown to stay within it (docs/STATISTICS.md); null: none
     """
 
     margin: float | None = None
@@ -206,22 +206,23 @@ class OverrideConfig:
     format: str | None = None
     act_format: str | None = None
     act_bits: int | None = None
+    act_scales: str | None = None
 
 
 @dataclass
 class BudgetConfig:
-    """A budget of bits for the quantized linears, which is allotted by measured sensitivities.
+    """A budget of bits for the quantized linears, divided among them by measured sensitivity.
 
-    bits: the average of a weight, scales and zero points counted; bits=3.5 says the same
-    bytes: of the whole model, such as 4.2GB, and with context= of its cache too; budget=4.2GB says
-        the same
+    bits: average bits per weight, scales and zero points counted; bits=3.5 says the same
+    bytes: size of the whole model, such as 4.2GB, and with context= of its cache too; budget=4.2GB
+        says the same
     uniform: as many bytes as this width takes for all linears
-    unit: what gets one width: linear, site (the linears that read one input) or block
+    unit: the linears that share one width: linear, site (the linears that read one input) or block
     widths: bits that a unit may get
-    measure: of sensitivity, of each unit quantized alone. kl: the divergence of the model's
-        predictions; block_error: the error of its block's output, which is quicker
-    samples: windows of the calibration text on which it is measured
-    length: tokens of such a window
+    measure: how the loss of a unit that is quantized alone is measured. kl: divergence of the
+        model's predictions; block_error: error of its block's output, which is faster to measure
+    samples: number of windows of the calibration text on which it is measured
+    length: tokens per such window
     """
 
     bits: float | None = None
@@ -257,6 +258,7 @@ class Config:
     act_bits: int | None = None
     act_format: str | None = None
     act_group_size: int | None = None
+    act_scales: str | None = None
     kv_bits: int | None = None
     kv_format: str | None = None
     kv_scales: str | None = None

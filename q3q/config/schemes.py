@@ -14,6 +14,7 @@ from q3q.errors import ConfigError, IncompatibleError
 from q3q.models.facts import ModelFacts
 from q3q.number_formats import ACT_FORMATS, BLOCKS, FLOATS, FORMATS, INT, own_form
 from q3q.quantize.methods.settings import MethodSettings
+from q3q.scheme import ACT_SCALES, CALIBRATED, DYNAMIC
 from q3q.spec import Json, Scheme, Schemes, TrialSpec
 
 GROUP_SIZES = (16, 32, 64, 128, 256, 512)  # that an error suggests
@@ -35,7 +36,7 @@ def resolve_schemes(
         if base.act_bits is not None:
             key = "act_bits" if config.act_format in (None, INT) else "act_format"
             raise IncompatibleError(
-                f"method={settings.name} quantizes nothing, so {key}={config[key]} has no use"
+                f"method={settings.name} quantizes nothing, so {key}={config[key]} has no effect"
             )
         return None, {}
     model = linears(facts)
@@ -43,6 +44,12 @@ def resolve_schemes(
     _check_group_sizes(schemes, settings, model)
     _check_able(schemes, settings, model)
     return schemes, rules
+
+
+def asks_for_factors(config: DictConfig) -> bool:
+    """Return True if inputs are rounded by numbers that calibration finds, whatever the method."""
+    asked = (config.act_scales, *(given.act_scales for given in config.overrides.values()))
+    return CALIBRATED in asked
 
 
 def _base_scheme(config: DictConfig, settings: MethodSettings, budget: BitBudget | None) -> Scheme:
@@ -55,6 +62,8 @@ def _base_scheme(config: DictConfig, settings: MethodSettings, budget: BitBudget
         follows = settings.default_act_bits is not None and config.act_bits is None
         act_format = config.format if follows and config.format in ACT_FORMATS else INT
     refuse_unknown("act_format", act_format, ACT_FORMATS)
+    act_scales = config.act_scales or DYNAMIC
+    refuse_unknown("act_scales", act_scales, ACT_SCALES)
     act, act_bits, act_size = FLOATS.get(act_format), config.act_bits, config.act_group_size
     if act_bits is None:
         act_bits = settings.default_act_bits if act is None else act.bits
@@ -70,6 +79,7 @@ def _base_scheme(config: DictConfig, settings: MethodSettings, budget: BitBudget
         four_over_six=config.four_over_six,
         act_format=act_format,
         act_group_size=act_size,
+        act_scales=act_scales,
     )
 
 
@@ -94,10 +104,11 @@ def _changed(base: Scheme, changes: Json, settings: MethodSettings) -> Scheme:
         act = FLOATS.get(act_format)
         implied["act_bits"] = settings.default_act_bits if act is None else act.bits
         implied["act_group_size"] = -1 if act is None else act.group_size or -1
+        implied["act_scales"] = DYNAMIC
     given = dict(changes)
     if given.get("act_bits") == UNTOUCHED_BITS:
         given |= {"act_bits": None, "act_format": INT}
-        implied["act_group_size"] = -1
+        implied |= {"act_group_size": -1, "act_scales": DYNAMIC}
     return replace(base, **{**implied, **given})
 
 
@@ -158,12 +169,12 @@ def _changes_of_linears(
         patterns[str(pattern)] = change
         if not change:
             raise ConfigError(
-                f"overrides: {pattern} says nothing; give bits, group_size, symmetric, format, "
-                "act_format or act_bits"
+                f"overrides: {pattern} sets nothing; give bits, group_size, symmetric, format, "
+                "act_format, act_bits or act_scales"
             )
-        for key in ("format", "act_format"):
-            if key in change:
-                refuse_unknown(key, change[key], FORMATS)
+        known = {"format": FORMATS, "act_format": ACT_FORMATS, "act_scales": ACT_SCALES}
+        for key in change.keys() & known.keys():
+            refuse_unknown(key, change[key], known[key])
         try:
             _changed(base, change, settings)
         except ConfigError as error:
@@ -322,7 +333,8 @@ def _check_able(schemes: Schemes, settings: MethodSettings, model: Mapping[str, 
     }
     if unlike:
         raise IncompatibleError(
-            "overrides: act_format and act_bits round what all linears of a site read: give "
+            "overrides: act_format, act_bits and act_scales round what all linears of a site read: "
+            "give "
             f"all of {summary(unlike)} the same"
         )
 
@@ -344,7 +356,7 @@ def check_ends(spec: TrialSpec, facts: ModelFacts, method: MethodSettings) -> No
         return
     if spec.scheme is None:
         raise IncompatibleError(
-            f"method={spec.method.name} quantizes nothing, so {settings} has no use; for these "
+            f"method={spec.method.name} quantizes nothing, so {settings} has no effect; for these "
             "alone: method=rtn skip=[blocks.*]"
         )
     if spec.scheme.group_size != -1 and facts.hidden % spec.scheme.group_size:

@@ -41,9 +41,9 @@ def unread(spec: TrialSpec) -> dict[str, str]:
     if "method.static_groups" in keys and spec.scheme is not None and spec.scheme.own_groups:
         reason = f"groups of format={spec.scheme.format} are always static runs of neighbours"
         keys["method.static_groups"] = reason
-    if spec.kv is None:
+    if spec.kv is None or not spec.kv.rounds:
         nothing = not (spec.evaluation.texts or spec.evaluation.tasks or spec.export)
-        unsaid = "nothing is said of the cache, which stays as it is"
+        unsaid = "the cache is not rounded"
         reason = "nothing is evaluated" if nothing else unsaid
         keys |= dict.fromkeys(("kv_bits", *OF_CACHE) if nothing else OF_CACHE, reason)
     if not spec.evaluation.texts:

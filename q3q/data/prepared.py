@@ -185,7 +185,7 @@ def _arrays(content: bytes, identity: Json) -> Arrays:
         arrays: Arrays = load(content)
         facts = _metadata(content)
     except (SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise ValueError("it is not a whole file of q3q's") from error
+        raise ValueError("it is incomplete, or not a file of q3q's") from error
     if facts.get(CHECKSUM) != _checksum(arrays, identity):
         raise ValueError("its checksum does not fit what it should hold")
     return arrays

@@ -140,7 +140,7 @@ def _object(number: int, line: str) -> Row:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"line {number} is not JSON: {error}") from error
     if not isinstance(row, dict):
-        raise ValueError(f"line {number} is no JSON object")
+        raise ValueError(f"line {number} is not a JSON object")
     return row
 
 

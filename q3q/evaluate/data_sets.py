@@ -119,6 +119,6 @@ def _refuse_overlaps(subtasks: Mapping[str, Iterable[str]]) -> None:
         for name in names:
             if owner.setdefault(name, task) != task:
                 raise ConfigError(
-                    f"evaluation.tasks: {name} is in {owner[name]} and in {task}, and has one "
-                    "place in the record; leave one of them out"
+                    f"evaluation.tasks: {name} is in both {owner[name]} and {task}; leave one of "
+                    "them out"
                 )

@@ -24,7 +24,7 @@ def prepared_identities(spec: TrialSpec) -> list[Json]:
 
 
 def says_all_of(whole: Json, identities: Iterable[Json]) -> bool:
-    """Return True if a file's identity says all that one of these says."""
+    """Return True if a file's identity contains all items of one of these."""
     return any(
         all(key in whole and whole[key] == value for key, value in identity.items())
         for identity in identities

@@ -1,4 +1,4 @@
-"""An evaluation's scores so far, on disk, so that a killed evaluation goes on."""
+"""An evaluation's scores so far, on disk, so that a killed evaluation can continue."""
 
 import hashlib
 import json

@@ -30,6 +30,6 @@ def refuse_other_versions(evaluation: Evaluation) -> None:
     for name, planned, here in versions:
         if planned != here:
             raise ConfigError(
-                f"the trial was planned with {name} {planned}, and this process has {here}; plan "
-                "it anew"
+                f"the trial was planned with {name} {planned}, and this process has {here}; run "
+                "the command again"
             )

@@ -48,6 +48,7 @@ def model_card(
         size = scheme.act_group_size
         sharing = "per token" if size == -1 else f"in groups of {size}"
         acts = f", activations in `{scheme.act_format}` {sharing}"
+        acts += " below a calibrated factor" if scheme.calibrates_inputs else ""
     kind = "symmetric" if scheme.symmetric else "asymmetric"
     if scheme.format != INT:
         group, kind = scheme.groups, f"format `{scheme.format}`"

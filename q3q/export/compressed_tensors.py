@@ -110,7 +110,10 @@ def _arguments(layout: Layout) -> Json:
             inputs = _floats(layout.act_format, layout.act_group_size)
         if inputs["strategy"] == "channel":
             inputs["strategy"] = "token"
-        arguments["input_activations"] = QuantizationArgs(**inputs, dynamic=True)
+        inputs["dynamic"] = True
+        if layout.act_scales == "factor":  # of the scales, the factor alone is stored
+            inputs |= {"dynamic": "local", "observer": "static_minmax"}
+        arguments["input_activations"] = QuantizationArgs(**inputs)
     return arguments
 
 

@@ -163,9 +163,10 @@ class Format:
         if scheme.act_bits is None or self._holds_activations(scheme):
             return None
         act = FLOATS.get(scheme.act_format)
-        if act is not None and act.scale == "e4m3":
+        if act is not None and act.scale == "e4m3" and not scheme.calibrates_inputs:
             return (
-                f"act_format={act.name} (servers take its factor from calibration, not per token)"
+                f"act_format={act.name} with a factor per token (servers take it from calibration: "
+                "act_scales=calibrated)"
             )
         if scheme.format != INT:
             acts = self.floats.get(scheme.format, ())
@@ -186,7 +187,9 @@ class Format:
     def _holds_activations(self, scheme: Scheme) -> bool:
         if scheme.format != INT:
             own = scheme.act_format, scheme.act_group_size
-            return own in self.floats.get(scheme.format, ())
+            act = FLOATS.get(scheme.act_format)
+            below = act is not None and act.scale == "e4m3"  # servers calibrate their factor
+            return own in self.floats.get(scheme.format, ()) and below == scheme.calibrates_inputs
         one_scale = scheme.symmetric and scheme.group_size == -1
         per_token = scheme.act_format == INT and scheme.act_group_size == -1
         return one_scale and per_token and (scheme.bits, scheme.act_bits) in self.acts
@@ -197,7 +200,8 @@ def activations(form: str, size: int, bits: int | None = None) -> str:
     if form == INT:
         return f"act_bits={bits}" + ("" if size == -1 else f" act_group_size={size}")
     own = FLOATS[form].group_size is not None or size == -1
-    return f"act_format={form}" + ("" if own else f" act_group_size={size}")
+    factor = " act_scales=calibrated" if FLOATS[form].scale == "e4m3" else ""
+    return f"act_format={form}" + ("" if own else f" act_group_size={size}") + factor
 
 
 def _has_strategy(scheme: Scheme) -> bool:
@@ -266,7 +270,7 @@ FORMATS: dict[str, Format] = {
                 "mxfp8": (("mxfp8", 32),),
                 "mxfp6": (("mxfp8", 32),),
                 "mxfp4": (("mxfp4", 32), ("fp8_e4m3", 128)),
-                "nvfp4": (),
+                "nvfp4": (("nvfp4", 16),),
             },
             loaders=(
                 (
@@ -274,9 +278,9 @@ FORMATS: dict[str, Format] = {
                     TESTED,
                     "dense: all, with `dequantize=True` those that are asymmetric and, unless the "
                     "model is bfloat16, MX and NVFP4; experts: int symmetric, weights only, and "
-                    "`fp8_e4m3` with a scale a row or linear",
+                    "`fp8_e4m3` with one scale per row or linear",
                 ),
-                ("a plain unpacker of ours", TESTED, "all"),
+                ("q3q's own plain unpacker", TESTED, "all"),
                 (
                     "vLLM, SGLang",
                     UNTESTED,
@@ -301,7 +305,7 @@ FORMATS: dict[str, Format] = {
             words_per_row=True,
             words_per_column=True,
             loaders=(
-                ("a plain unpacker of ours", TESTED, "all"),
+                ("q3q's own plain unpacker", TESTED, "all"),
                 ("GPTQModel", GPTQMODEL, f"on CPU, `group_size` {listed(GPTQMODEL_GROUPS)}"),
                 (
                     "vLLM, SGLang",
@@ -322,7 +326,7 @@ FORMATS: dict[str, Format] = {
             gaps=True,
             words_per_column=True,
             loaders=(
-                ("a plain unpacker of ours", TESTED, "all"),
+                ("q3q's own plain unpacker", TESTED, "all"),
                 ("GPTQModel", GPTQMODEL, f"on CPU, `group_size` {listed(GPTQMODEL_AWQ_GROUPS)}"),
                 ("vLLM, SGLang", UNTESTED, in_words(SERVED_EITHER)),
             ),
@@ -394,7 +398,7 @@ def refuse_unsupported(
     """
     if spec.scheme is None:
         raise IncompatibleError(
-            f"method={spec.method.name} changes nothing, so export={name} has no use: "
+            f"method={spec.method.name} changes nothing, so export={name} has no effect: "
             "the model is its own checkpoint"
         )
     able = [

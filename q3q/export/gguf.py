@@ -51,10 +51,11 @@ class GgufExporter(Exporter):
         blocks = in_blocks(weight) if isinstance(weight, QuantizedWeight) else weight
         wanted = layout.type if isinstance(layout, GgufBlocks) else None
         if not isinstance(blocks, BlockWeight) or blocks.format != wanted:
-            raise ExportError(f"export=gguf has no place for the codes of {name}")
+            raise ExportError(f"export=gguf cannot store the codes of {name}")
         if not torch.equal(blocks.dequantize(), weight.dequantize()):
             raise ExportError(
-                f"{name}: its scales are no float16 numbers, so what was measured is not stored"
+                f"{name}: its scales are not float16 numbers, so storing them would change the "
+                "weights that were measured"
             )
         return {name: pack_rows(blocks)}
 

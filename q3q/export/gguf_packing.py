@@ -37,7 +37,7 @@ def _of_groups(numbers_EOG: Tensor | None, groups: int) -> Tensor:
 
 
 def _interleaved(codes_NS: Tensor, run: int, bits: int) -> Tensor:
-    """Pack codes of so many bits; a byte holds those that lie `run` apart, the lowest first."""
+    """Pack codes of `bits` bits; a byte holds codes that are `run` apart, the lowest first."""
     per_byte = 8 // bits
     codes = codes_NS.unflatten(1, (-1, per_byte, run))
     packed = codes[:, :, 0].clone()

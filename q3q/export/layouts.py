@@ -4,12 +4,15 @@ from q3q.export.reload.configs import Group
 from q3q.models.packed import GptqWords, Layout, PackedInts, PlainInts
 from q3q.models.packed_floats import FloatLayout, PackedFloats, PlainFloats
 from q3q.number_formats import FLOATS, INT
+from q3q.scheme import ActScales
 from q3q.spec import Scheme
 
 
 def compressed_layout(scheme: Scheme) -> Layout:
     bits, size = scheme.bits, scheme.group_size
-    acts = (scheme.act_bits, scheme.act_format, scheme.act_group_size)
+    inputs = scheme.inputs
+    scales: ActScales = "dynamic" if inputs is None else inputs.scales
+    acts = (scheme.act_bits, scheme.act_format, scheme.act_group_size, scales)
     if scheme.format == INT:
         kind = PackedInts if scheme.act_bits is None else PlainInts
         return kind(bits, size, scheme.symmetric, *acts)

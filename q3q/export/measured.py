@@ -108,7 +108,7 @@ def _label(name: str) -> str:
         return f"{measure.replace('_', ' ')}, {text}{quick}"
     if measure.startswith("kl"):
         part = "" if measure == "kl" else " (99 % of the tokens are below)"
-        return f"KL divergence from the unquantized model, {text}, nats a token{part}{quick}"
+        return f"KL divergence from the unquantized model, {text}, nats per token{part}{quick}"
     if name.endswith(ACCURACIES):
         task, _, accuracy = name.rpartition("/")
         return f"{'accuracy' if accuracy == 'acc' else accuracy} of {task}, %"

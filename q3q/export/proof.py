@@ -208,12 +208,13 @@ def _observed(
 
 
 def sketches(
-    model: Decoder, roundings: set[tuple[str, int, int]]
+    model: Decoder, roundings: set[tuple[str, int, int]], factors: dict[str, float]
 ) -> Iterator[tuple[str, list[float]]]:
     """Yield (name on disk, `reload.sketches.sketch`) of each weight as evaluated.
 
     Args:
         roundings: takes what `roundings_of` returns, in the same pass over the blocks.
+        factors: takes the factors of inputs' scales, by their linears on disk.
     """
     facts, shape = model.facts, (model.facts.vocab, model.facts.hidden)
     yield facts.family.final_norm, sketch(model.norm_H)
@@ -222,9 +223,21 @@ def sketches(
         yield facts.family.head, sketch_rows(shape, model.rows("head"))
     for k, block in enumerate(model.blocks):
         roundings |= roundings_of(block)
+        factors |= _factors_of(facts, k, block)
         for name, weight in block.weights.items():
             parts = weight if is_stacked(name) else [weight]
             yield from zip(names_on_disk(facts, k, [name]), map(sketch, parts), strict=True)
+
+
+def _factors_of(facts: ModelFacts, k: int, block: Block) -> dict[str, float]:
+    """Return the factors of a block's inputs by the linears that read them."""
+    return {
+        name.removesuffix(".weight"): how.number
+        for site in block.sites
+        if (how := block.own_rounding.get(site.name)) is not None
+        if how.scales == "factor" and how.number is not None
+        for name in names_on_disk(facts, k, set(site.weights) - block.unrounded)
+    }
 
 
 class _UnreadableError(Exception):
@@ -288,18 +301,25 @@ def _reload(folder: Path, inputs: Path, out: Path, seconds: float, gpu: bool) ->
 def _not_proved(folder: Path, reason: str) -> ExportError:
     return ExportError(
         f"the export in {folder} is written but not proved: {reason}. It stays there unfinished; "
-        "the same command goes on and tries again"
+        "the same command continues and tries again"
     )
 
 
 def _weight_problems(model: Decoder, findings: Json) -> list[str]:
-    problems, found = [], set[tuple[str, int, int]]()
-    worst, difference = worst_weight(dict(sketches(model, found)), findings["sketches"])
+    problems, found, factors = [], set[tuple[str, int, int]](), dict[str, float]()
+    worst, difference = worst_weight(dict(sketches(model, found, factors)), findings["sketches"])
     roundings = [list(one) for one in sorted(found)]
     if difference > SAME_WEIGHTS:
         problems.append(f"worst site {worst}, relative difference about {difference:.2g}")
     if findings["roundings"] != roundings:
         problems.append(f"activations are rounded to {findings['roundings']}, not {roundings}")
+    stored = findings["factors"]
+    if other := [name for name in factors | stored if stored.get(name) != factors.get(name)]:
+        name = other[0]
+        problems.append(
+            f"the input of {name} is rounded below the factor {stored.get(name)}, not "
+            f"{factors.get(name)}"
+        )
     return problems
 
 

@@ -81,7 +81,7 @@ def servable(spec: TrialSpec, facts: ModelFacts) -> list[str]:
 
 
 def loading_notice(spec: TrialSpec, facts: ModelFacts) -> str | None:
-    """Return a line for an export that transformers loads only if it is told how."""
+    """Return a line for an export that transformers loads only with extra arguments."""
     if needs_unpacking(spec, facts):
         whole = all(scheme.format == INT for scheme in schemes_of(spec, facts))
         what = "symmetric=false" if whole else f"these formats in {spec.model.dtype}"
@@ -135,8 +135,8 @@ def why_unread(spec: TrialSpec, facts: ModelFacts) -> str:
             "activations from `compressed_tensors`."
         )
     return (
-        "transformers fuses experts, and of their floats it reads only FP8 with a scale a row or "
-        "linear from `compressed_tensors`: MX formats and NVFP4 it may misread without an error."
+        "transformers fuses experts, and of their floats it reads only FP8 with one scale per row "
+        "or linear from `compressed_tensors`: MX formats and NVFP4 it may misread without an error."
     )
 
 

@@ -69,8 +69,8 @@ class Shards:
         for index in range(self.count):
             if (facts := self.facts(index)) is None:
                 raise ExportError(
-                    f"{self.folder}: {self.name(index)} is not there whole; "
-                    "was something removed meanwhile?"
+                    f"{self.folder}: {self.name(index)} is missing or incomplete; was it removed "
+                    "while the trial ran?"
                 )
             shards.append(facts)
         return shards

@@ -27,7 +27,7 @@ def table() -> str:
             else "no",
             "yes, all experts' in one tensor"
             if form.own_server
-            else "yes, one set of tensors an expert",
+            else "yes, one set of tensors per expert",
             "; ".join(f"{name} ({status}): {scope}" for name, status, scope in form.loaders),
         )
         lines.append("| " + " | ".join(cells) + " |")
@@ -44,7 +44,7 @@ def _codes_cell(form: Format) -> str:
 
 
 def _activation_cell(form: Format) -> str:
-    cells = [f"W{w}A{a}, one scale a row" for w, a in form.acts]
+    cells = [f"W{w}A{a}, one scale per row" for w, a in form.acts]
     for name, acts in form.floats.items():
         if acts:
             cells.append(f"`{name}` with {' or '.join(activations(*act) for act in acts)}")

@@ -16,6 +16,7 @@ ITEM_BYTES = {
 }
 DTYPE_BYTES = {"float32": 4, "float64": 8}  # all other dtypes of models have 2
 SCALE_BYTES = 2  # float16
+FACTOR_BYTES = 4  # of an input's scales, a float32 for each linear
 KEYS = "self_attn.k_proj.weight"  # a block with these has a cache that grows with the text
 
 
@@ -80,7 +81,8 @@ def tensor_bytes(shape: tuple[int, ...], layout: Layout | None, dtype: str) -> i
     if layout is None:
         return math.prod(shape) * own
     scale = own if layout.own_scales else SCALE_BYTES
-    return sum(
+    of_input = FACTOR_BYTES * len(layout.input_parts)
+    return of_input + sum(
         math.prod(part) * (scale if "F16" in types else ITEM_BYTES[types[0]])
         for types, part in layout.parts(*shape).values()
     )

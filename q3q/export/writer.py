@@ -45,6 +45,7 @@ from q3q.models.packed_floats import FloatLayout
 from q3q.models.tensor_files import Rows, encode_tensors
 from q3q.number_formats import INT
 from q3q.numerics.float_weights import FloatWeight
+from q3q.numerics.stored_scales import input_factor
 from q3q.numerics.weights import QuantizedWeight, StoredWeight
 from q3q.placement import Trial
 from q3q.spec import Json
@@ -153,6 +154,13 @@ class Exporter(ABC):
             plain = {name for name in shapes if name not in weights and name not in block.changed}
             numbers = self.checkpoint.block(block.index, self.dtype, plain)
             numbers |= {name: tensor.to(self.dtype) for name, tensor in block.changed.items()}
+            sites = self.checkpoint.facts.sites(block.index)
+            peaks = {
+                name: block.peaks[site.name]
+                for site in sites
+                if site.name in block.peaks
+                for name in site.weights
+            }
             for name, shape in shapes.items():
                 stacked = is_stacked(name)
                 for e in range(shape[0] if stacked else 1):
@@ -161,7 +169,9 @@ class Exporter(ABC):
                     )
                     if name in weights:
                         weight = _of_one_expert(weights[name], e)
-                        tensors |= self.weight(self._layouts[full], full, weight)
+                        layout = self._layouts[full]
+                        tensors |= self.weight(layout, full, weight)
+                        tensors |= self._input_factor(layout, full, peaks.get(name))
                     else:
                         tensors[full] = numbers[name][e] if stacked else numbers[name]
             one = torch.ones(1, dtype=self.dtype)  # with which the cache was evaluated
@@ -171,6 +181,21 @@ class Exporter(ABC):
             apart = any(group_EI is not None for group_EI in groups)
             facts = {"codes": _checksum(block), "reordered": apart}
             self._shards.write(block.index, tensors, facts)
+
+    def _input_factor(
+        self, layout: Layout | None, name: str, peak: float | None
+    ) -> dict[str, Tensor]:
+        """Return the stored factor of a linear's input, if its layout has one.
+
+        Raises:
+            ExportError: calibration found none.
+        """
+        if layout is None or not layout.input_parts:
+            return {}
+        if peak is None:
+            raise ExportError(f"{name}: no factor was stored for its input with its block")
+        (part,), base = layout.input_parts, name.removesuffix("weight")
+        return {base + part: torch.tensor([input_factor(peak, layout.act_format, self.dtype)])}
 
     def finish(self, model: Decoder) -> Json:
         """Write the tensors outside the blocks and the checkpoint's other files; return the index.
@@ -320,8 +345,8 @@ class PackingExporter(Exporter):
         stored_OG = scale_OG.to(self.scale_dtype)
         if not torch.equal(stored_OG.float(), scale_OG):
             raise ExportError(
-                f"{name}: its scales are no {self.scale_dtype} numbers, "
-                "so what was measured is not stored"
+                f"{name}: its scales are not {self.scale_dtype} numbers, so storing them would "
+                "change the weights that were measured"
             )
         # A float32 model's scales are 16-bit numbers too, but are stored in the model's type for
         # loaders that unpack in the type of the scales, as transformers does with experts.
@@ -409,6 +434,7 @@ def _checksum(block: "QuantizedBlock") -> str:
     for name, weight in block.quantized.items():
         parts = weight.to_tensors().items()
         tensors |= {f"quantized/{name}/{part}": tensor for part, tensor in parts}
+    tensors |= {f"peaks/{site}": torch.tensor(peak) for site, peak in block.peaks.items()}
     digest = hashlib.sha256()
     for content in encode_tensors(tensors):
         digest.update(content)

@@ -1,11 +1,15 @@
 """Change a loaded model's blocks: route tokens to all experts, round activations or the cache."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+import torch
+
+from q3q.errors import IntegrityError
 from q3q.models.block import Block
 from q3q.models.decoder import Decoder
 from q3q.models.kv_cache import KvRounding
+from q3q.numerics.stored_scales import input_factor
 from q3q.scheme import InputRounding
 from q3q.spec import TrialSpec
 
@@ -29,11 +33,17 @@ class Route:
         block.every_expert = self.every_expert
 
 
-def set_activations(model: Decoder, spec: TrialSpec) -> None:
+def set_activations(
+    model: Decoder, spec: TrialSpec, peaks: Mapping[str, float] | None = None
+) -> None:
     """Fake-quantize each site's input from here on, if the scheme says so.
 
     A model that is evaluated as it is may have been stored with activations to quantize, and
     keeps them.
+
+    Args:
+        peaks: by site, `blocks.3.down`: the largest number that calibration showed it, for inputs
+            that are rounded below a factor.
     """
     if spec.scheme is not None:
         scheme, schemes = spec.scheme, spec.schemes
@@ -43,13 +53,16 @@ def set_activations(model: Decoder, spec: TrialSpec) -> None:
             for name in spec.overrides
             if (own := schemes.of(name)) is not None and own.inputs != scheme.inputs
         }
-        model.adjust(RoundedInputs(scheme.inputs, frozenset(spec.skip), otherwise))
+        model.adjust(RoundedInputs(scheme.inputs, frozenset(spec.skip), otherwise, peaks or {}))
 
 
 def set_cache(model: Decoder, spec: TrialSpec) -> None:
-    """Round keys and values from here on as the spec says its cache stores them, if it does."""
+    """Round keys and values from here on as the spec says its cache stores them, if it does.
+
+    16 bits turn off what a checkpoint's own config says.
+    """
     if spec.kv is not None:
-        model.round_cache(KvRounding(spec.kv))
+        model.round_cache(KvRounding(spec.kv) if spec.kv.rounds else None)
 
 
 @dataclass(frozen=True)
@@ -58,21 +71,22 @@ class RoundedInputs:
 
     skip: linears that stay as they are
     otherwise: by full name, linears whose site's input is rounded in another way
+    peaks: as `set_activations` takes them
     """
 
     rounding: InputRounding | None
     skip: frozenset[str]
     otherwise: Mapping[str, InputRounding | None] = field(default_factory=dict)
+    peaks: Mapping[str, float] = field(default_factory=dict)
 
     def __call__(self, k: int, block: Block) -> None:
-        block.rounding = self.rounding
+        usual = self.rounding
         own = {
             site.name: self.otherwise[full]
             for site in block.sites
             for name in site.weights
             if (full := f"blocks.{k}.{name.removesuffix('.weight')}") in self.otherwise
         }
-        block.own_rounding = {name: how for name, how in own.items() if how is not None}
         skipped = {
             name
             for site in block.sites
@@ -80,6 +94,27 @@ class RoundedInputs:
             if f"blocks.{k}.{name.removesuffix('.weight')}" in self.skip
         }
         sites = {site.name for site in block.sites if skipped.issuperset(site.weights)}
+        if usual is not None and usual.scales == "factor":  # each site has a number of its own
+            own = {site.name: usual for site in block.sites if site.name not in sites} | own
+            usual = None
+        block.rounding = usual
+        block.own_rounding = {
+            name: self._numbered(how, f"blocks.{k}.{name}", block.dtype)
+            for name, how in own.items()
+            if how is not None
+        }
         apart = {name for site in block.sites for name in site.apart if name in skipped}
         left_alone = {name for name, how in own.items() if how is None}
         block.unrounded = frozenset(sites | apart | left_alone)
+
+    def _numbered(self, how: InputRounding, site: str, dtype: torch.dtype) -> InputRounding:
+        """Return a rounding with the factor that it takes from calibration, if it takes one.
+
+        Raises:
+            IntegrityError: calibration did not find it.
+        """
+        if how.scales != "factor":
+            return how
+        if site not in self.peaks:
+            raise IntegrityError(f"{site}: no factor was stored for its input with its block")
+        return replace(how, number=input_factor(self.peaks[site], how.format, dtype))

@@ -169,7 +169,7 @@ def bytes_of(size: int | str, key: str = "memory") -> int:
         count = int(float(match[1]) * (1024 if match[3] else 1000) ** exponent)
     if count < 1:
         raise ConfigError(
-            f"{key}={size} is no size: give bytes such as 2.5GB (10^9) or 8GiB (2^30)"
+            f"{key}={size} is not a size: give bytes such as 2.5GB (10^9) or 8GiB (2^30)"
         )
     return count
 
@@ -242,9 +242,10 @@ def cache_shape(facts: ModelFacts) -> CacheShape:
 
 
 def cache_scheme(facts: ModelFacts, asked: KvScheme | None) -> KvScheme | None:
-    """Return how the cache is stored: as asked for, else as the checkpoint says, if it does."""
-    packing = facts.packing
-    return asked if asked is not None or packing is None else packing.kv
+    """Return how the cache is rounded: as asked for, else as the checkpoint says, if it is."""
+    if asked is not None:
+        return asked if asked.rounds else None
+    return None if facts.packing is None else facts.packing.kv
 
 
 def recurrent_bytes(facts: ModelFacts) -> list[int]:

@@ -89,7 +89,7 @@ def _read_one(path: Path) -> GgufHeader:
     try:
         with path.open("rb") as file:
             if file.read(4) != MAGIC:
-                raise CheckpointError(f"{path} is no GGUF file: it does not begin with GGUF")
+                raise CheckpointError(f"{path} is not a GGUF file: it does not begin with GGUF")
             with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
                 return _Head(path, content).read()
     except OSError as error:

@@ -286,7 +286,7 @@ def _unreachable(source: str, revision: str | None, error: Exception) -> Unavail
 
     what = source if revision is None else f"{source} (revision {revision})"
     if isinstance(error, RepositoryNotFoundError):
-        reason = "it has no such model, or wants a login"
+        reason = "it has no such model, or requires a login"
     elif isinstance(error, RevisionNotFoundError):
         reason = "it has no such revision"
     else:

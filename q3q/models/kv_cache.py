@@ -68,7 +68,7 @@ class KvRounding:
 
 
 def _in_groups(states_xI: Tensor, scheme: KvScheme, group_size: int) -> Tensor:
-    """Round numbers with a scale for each run of so many neighbours of the last axis."""
+    """Round numbers with a scale for each run of `group_size` neighbours on the last axis."""
     if scheme.format != INT:
         return floats_per_token(states_xI, FLOATS[scheme.format], group_size)
     rounded = absmax_per_token if scheme.symmetric else range_per_token

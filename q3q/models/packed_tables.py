@@ -81,7 +81,7 @@ class TableCodes(Layout):
             facts = (state["quant_type"], state["blocksize"], math.prod(state["shape"]))
             nested = state.get("nested_blocksize", NESTED_BLOCK)
         except (ValueError, KeyError, TypeError) as error:
-            raise CheckpointError(f"{self.state} is no description of codes: {error!r}") from error
+            raise CheckpointError(f"{self.state} does not describe codes: {error!r}") from error
         expected = (self.table, self.group_size, rows * columns)
         if facts != expected or nested != NESTED_BLOCK:
             raise CheckpointError(

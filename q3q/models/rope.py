@@ -149,7 +149,7 @@ def _yarn(head_dim: int, theta: float, scaling: RopeScaling, periods: Tensor) ->
     import torch
 
     def dimension(turns: float) -> float:
-        """Return the pair's dimension that makes so many turns within the original context."""
+        """Return the pair's dimension that makes `turns` turns within the original context."""
         length = math.log(scaling.original / (turns * 2 * math.pi))
         return head_dim * length / (2 * math.log(theta))
 

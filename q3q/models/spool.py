@@ -193,7 +193,7 @@ class Spool:
             folder = self._file(i).parent
             raise Q3QError(
                 f"activations cannot be written to {folder}: {error.strerror}. TMPDIR= names a "
-                "folder on another disk; the same command goes on from the last block"
+                "folder on another disk; the same command continues from the last block"
             ) from error
         return _Spilled(tensor.shape, tensor.dtype, tensor.device)
 

@@ -80,7 +80,7 @@ def _in_blocks(numbers_xG: Tensor, form: BlockFormat) -> Tensor:
 
 
 def divided(numbers_xG: Tensor, form: BlockFormat) -> tuple[Tensor, Tensor]:
-    """Divide what `stored_grid` returned into what it was made of.
+    """Split what `stored_grid` returned into its parts.
 
     The group of the largest magnitude has the whole number `scale_top`, so this is exact.
 

@@ -74,5 +74,5 @@ class BlockWeight(StoredWeight):
             if part is not None and not all_finite(part.float()):
                 return "a block's scale or offset is beyond float16"
         if self.too_fine():
-            return f"a code is no number of {self.format}"
+            return f"a code is not a number of {self.format}"
         return None

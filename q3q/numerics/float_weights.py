@@ -98,5 +98,5 @@ class FloatWeight(StoredWeight):
         if not bool((self.scale_EOG > 0).all()):
             return "a scale is not above 0"
         if self.too_fine() or not all_finite(decode(self.codes_EOI, self._form)):
-            return f"a code is no number of {self.format}"
+            return f"a code is not a number of {self.format}"
         return None

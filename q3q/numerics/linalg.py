@@ -27,7 +27,7 @@ def all_finite(tensor: Tensor) -> bool:
 
 
 class FiniteCheck:
-    """A check of many tensors that makes nobody wait: noted on their device, read at the end."""
+    """A check of many tensors without a device sync for each: kept on their device, read once."""
 
     def __init__(self) -> None:
         self._noted: Tensor | None = None

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from q3q.number_formats import FLOATS, NumberFormat
-from q3q.numerics.floats import nearest_
+from q3q.numerics.floats import global_factor, nearest_
 from q3q.numerics.grid import absmax_per_token, into_groups
 
 OUTLIER = 6.0  # bitsandbytes' llm_int8_threshold
@@ -43,6 +43,14 @@ def floats_below_factor(
     scale_xG1 = torch.where(scale_xG1 == 0, NO_SCALE, scale_xG1) / number
     rounded_xGS = nearest_(groups_xGS / scale_xG1, form).mul_(scale_xG1)
     return rounded_xGS.flatten(-2).to(inputs_xI.dtype)
+
+
+def input_factor(peak: float, form: str, dtype: torch.dtype) -> float:
+    """Return the factor of an input's scales from the largest number that calibration showed.
+
+    Computed in the model's dtype, as llm-compressor does; 1 for an input of zeros.
+    """
+    return float(global_factor(torch.tensor(peak, dtype=dtype), FLOATS[form]))
 
 
 def ints_but_outliers(inputs_xI: Tensor, bits: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""A thread that writes quantized blocks while the walk goes on with the next ones."""
+"""A thread that writes quantized blocks while the walk continues with the next ones."""
 
 import contextvars
 from collections.abc import Callable

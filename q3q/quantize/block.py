@@ -18,6 +18,8 @@ class QuantizedBlock:
     quantized: codes by weight name
     changed: weights that changed and are not quantized (norms that took over a scale)
     errors, notes: for the record
+    peaks: the largest number that calibration tokens show a site, by its name, where servers round
+        its inputs below a factor taken from it
     """
 
     index: int
@@ -25,6 +27,12 @@ class QuantizedBlock:
     changed: dict[str, Tensor]
     errors: list[SiteError]
     notes: dict[str, Any] = field(default_factory=dict)
+    peaks: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def full_peaks(self) -> dict[str, float]:
+        """The peaks by full name, `blocks.3.down`."""
+        return {f"blocks.{self.index}.{site}": peak for site, peak in self.peaks.items()}
 
     def numbers(self, dtype: torch.dtype, device: torch.device | str) -> dict[str, Tensor]:
         """Return all new weights, dequantized, in a block's shapes: experts stacked, else 2-D."""
@@ -62,6 +70,6 @@ def stored_numbers(sink: BlockSink | None, index: int, like: Tensor) -> dict[str
     block = None if sink is None else sink.load(index)
     if block is None:
         raise IntegrityError(
-            f"block {index}, which was quantized and stored, is not there whole any more"
+            f"block {index}, which was quantized and stored, is now missing or incomplete"
         )
     return block.numbers(like.dtype, like.device)

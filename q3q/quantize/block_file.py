@@ -64,6 +64,7 @@ def encode(block: QuantizedBlock) -> EncodedBlock:
         "quantized": quantized,
         "errors": [asdict(error) for error in block.errors],
         "notes": block.notes,
+        **({"peaks": block.peaks} if block.peaks else {}),
     }
     device = next((tensor.device for tensor in tensors.values()), torch.device("cpu"))
     in_memory = {name: _to_memory(tensor) for name, tensor in tensors.items()}
@@ -97,6 +98,7 @@ def decode(
         changed,
         [SiteError(**error) for error in facts["errors"]],
         facts["notes"],
+        facts.get("peaks", {}),
     )
 
 

@@ -25,6 +25,7 @@ class Ledger:
     """The facts about all quantized blocks, added one by one, as the blocks are too large to keep.
 
     weights, bits, nominal_bits: over all quantized linears
+    peaks: `QuantizedBlock.peaks` by full name, `blocks.3.down`
     """
 
     blocks: int = 0
@@ -33,11 +34,13 @@ class Ledger:
     weights: int = 0
     bits: int = 0
     nominal_bits: int = 0
+    peaks: dict[str, float] = field(default_factory=dict)
 
     def add(self, block: QuantizedBlock) -> None:
         self.blocks += 1
         self.errors += block.errors
         self.notes |= block.notes
+        self.peaks |= block.full_peaks
         for weight in block.quantized.values():
             self.weights += weight.shape.numel()
             self.bits += weight.storage_bits()
@@ -62,7 +65,7 @@ class StoredCodes(Sequence[Mapping[str, StoredWeight]]):
         block = self.store.load(range(self.blocks)[k], self.device)
         if block is None:
             raise IntegrityError(
-                f"block {k} was quantized and stored, and is not there whole any more"
+                f"block {k}, which was quantized and stored, is now missing or incomplete"
             )
         return block.quantized
 

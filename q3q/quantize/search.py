@@ -4,7 +4,6 @@ Shapes: B windows, T tokens of a window, P positions, H hidden, C some of P, V v
 """
 
 import math
-from collections import deque
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -29,7 +28,7 @@ def search_variants(
     variants: Mapping[str, Method],
     scheme: Scheme | Schemes,
     windows_BT: Tensor,
-    set_activations: Callable[[Decoder], None],
+    set_activations: Callable[[Decoder, Mapping[str, float]], None],
     phase: Callable[[str], Steps] = lambda name: no_steps,
 ) -> Json:
     """Quantize a copy of the model with each variant; choose the least change of predictions.
@@ -40,7 +39,8 @@ def search_variants(
         model: not modified. Each variant takes the memory of a copy of the model's linears (none if
             it is streamed), and its codes' disk space.
         windows_BT: a few calibration windows.
-        set_activations: makes a copy's blocks quantize their inputs as the final model's will.
+        set_activations: makes a copy's blocks quantize their inputs as the final model's will; it
+            takes `QuantizedBlock.full_peaks` of all blocks.
         phase: returns what receives the variants done and in all, while the named one is tried.
 
     Returns:
@@ -62,9 +62,11 @@ def search_variants(
             TemporaryDirectory(prefix="q3q_search_") as folder,
             BlockStore(Path(folder)) as blocks,
         ):
-            walk = quantized_blocks(copy, method, scheme, windows_BT, blocks)
-            deque(walk, maxlen=0)  # keeps none of them
-            set_activations(copy)
+            peaks: dict[str, float] = {}
+            for block in quantized_blocks(copy, method, scheme, windows_BT, blocks):
+                peaks |= block.full_peaks
+                del block
+            set_activations(copy, peaks)
             divergence[name] = mean_divergence(model, original_PH, _final_hidden(copy, windows_BT))
     finite = {name: value for name, value in divergence.items() if math.isfinite(value)}
     if not finite:
@@ -107,7 +109,7 @@ def choose_variant(
             variants,
             spec.schemes,
             windows[: method.search_windows],
-            lambda copy: set_activations(copy, spec),
+            lambda copy, peaks: set_activations(copy, spec, peaks),
             partial(reporter.phase, "search"),
         )
         store.remember("search", search)

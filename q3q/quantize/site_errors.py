@@ -66,7 +66,7 @@ def site_error(block: int, site: str, name: str, parts: Sequence[SquaredErrors])
         raise NumericsError(
             f"blocks.{block}.{linear}: the error of its quantized weights, relative to the "
             "weights, is not a finite number: the method rounds weights that are all zero to "
-            "something else, or makes no numbers of them"
+            "something else, or returns NaN"
         )
     error_E, output_error = weight_error_E, None
     if outputs:

@@ -286,7 +286,7 @@ def check_scales(codes: StoredWeight, weight_EOI: Tensor, where: str, remedy: st
         raise NumericsError(
             f"{where.removesuffix('.weight')}: its largest weight, {outlier:g}, needs a scale of "
             f"{largest:g}, and a scale is stored in 16 bits, {LARGEST_SCALE:g} at most; leave it "
-            f"out ({remedy}), or mend the checkpoint"
+            f"out ({remedy}), or fix the checkpoint"
         )
 
 

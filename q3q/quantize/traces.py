@@ -138,7 +138,7 @@ def write(
     uniforms: Sequence[Sequence[float]],
     steps: Steps = no_steps,
 ) -> Tensor:
-    """Return windows [B, T] that begin with these prompts and that the model goes on with.
+    """Return windows [B, T] that begin with these prompts and that the model continues.
 
     All rows take one token a step, those that are still in their prompts too, so all are equally
     long. The next token is the first whose cumulative probability exceeds a uniform number, as

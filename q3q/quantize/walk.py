@@ -28,6 +28,7 @@ from q3q.quantize.activations import (
 )
 from q3q.quantize.block import BlockSink, QuantizedBlock, stored_numbers
 from q3q.quantize.method import Method
+from q3q.quantize.peaks import SitePeaks, read_peaks
 from q3q.quantize.runs import Runs, advance_to
 from q3q.quantize.scales import Rebalancing
 from q3q.quantize.sites import Chunk, SiteQuantizer, solve_chunks
@@ -181,11 +182,12 @@ def quantize_block(
     sites = [SiteQuantizer(block, site, schemes, method, result) for site in block.sites]
     quantized = {name for site in sites for part, _ in site.parts for name in part.weights}
     others = {name: weight for name, weight in block.weights.items() if name not in quantized}
+    peaks = SitePeaks(sites)
     if method.sequential:
         del original  # each of its weights is freed as soon as it is replaced in `block`
         runs = Runs(block, activations, rope)
         for site in sites:
-            _quantize_next(site, runs, method, activations)
+            _quantize_next(site, runs, method, activations, peaks)
         if passes_on:
             runs.finish()
     else:
@@ -196,11 +198,15 @@ def quantize_block(
             method,
             activations,
             rope,
-            passes_on_original=passes_on and not method.passes_on_quantized,
+            passes_on_original=passes_on and not method.passes_on_quantized and not peaks,
         )
+        if peaks:
+            shown = block if method.passes_on_quantized else original
+            read_peaks(block, activations, rope, peaks, passes_on=shown if passes_on else None)
         del original
-        if passes_on and method.passes_on_quantized:
+        if passes_on and method.passes_on_quantized and not peaks:
             pass_through(block, activations.hidden, rope)
+    result.peaks = peaks.numbers(index, activations.team)
     # Norms, a router, or a linear that is left out may have been rescaled: they stay numbers.
     result.changed |= {
         name: block.weights[name] for name, old in others.items() if block.weights[name] is not old
@@ -209,7 +215,7 @@ def quantize_block(
 
 
 def _quantize_next(
-    site: SiteQuantizer, runs: Runs, method: Method, activations: Activations
+    site: SiteQuantizer, runs: Runs, method: Method, activations: Activations, peaks: SitePeaks
 ) -> None:
     """Quantize the next site for a sequential method: its inputs come through quantized sites.
 
@@ -222,7 +228,7 @@ def _quantize_next(
             for rank, experts in enumerate(site.chunks[start : start + ranks])
         ]
         for chunk in chunks:
-            statistics = _observe_next(chunk, runs, method, activations)
+            statistics = _observe_next(chunk, runs, method, activations, peaks)
             owner = None if chunk.shared else chunk.owner
             chunk.statistics = activations.add_up(method, statistics, owner)
             del statistics
@@ -231,13 +237,15 @@ def _quantize_next(
 
 
 def _observe_next(
-    chunk: Chunk, runs: Runs, method: Method, activations: Activations
+    chunk: Chunk, runs: Runs, method: Method, activations: Activations, peaks: SitePeaks
 ) -> Statistics | None:
     """Return this rank's statistics of a chunk's inputs at the site where all runs halt next."""
     site, check = chunk.quantizer.site, FiniteCheck()
     statistics = activations.new_statistics(method) if chunk.quantizer.parts else None
     for inputs in runs.inputs_of(site):
         show_inputs(statistics, site, inputs, chunk.experts, check)
+        if chunk.experts.start == 0:  # the inputs of all chunks at this site are the same
+            peaks.update(site, inputs)
     refuse_infinite(check, site, chunk.quantizer.result.index)
     return statistics
 
@@ -296,6 +304,8 @@ def _observe(
     Args:
         pass_on: replace the block's inputs by its outputs.
     """
+    if method.observe() is None and not pass_on:
+        return
     readers: dict[Site, list[Chunk]] = {}
     for chunk in chunks:
         readers.setdefault(chunk.quantizer.site, []).append(chunk)

@@ -1,6 +1,6 @@
 """`python -m q3q.report`: write a report of a study, or of all records in a storage folder.
 
-Several studies (`--study A --study B`) are set side by side on one page.
+With several studies (`--study A --study B`), one page compares them side by side.
 """
 
 import argparse
@@ -46,10 +46,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="NAME",
         action="append",
         default=[],
-        help="name or id of a sweep; given several times, these are compared; default: all records",
+        help="name or id of a sweep; give it several times to compare; default: all records",
     )
     parser.add_argument(
-        "--storage", default="mlruns", metavar="DIR", help="or a URL; default: mlruns"
+        "--storage",
+        default="mlruns",
+        metavar="DIR",
+        help="the storage, a folder or a URL; default: mlruns",
     )
     parser.add_argument(
         "--format", choices=FORMATS, help="print this format instead of writing a folder"
@@ -63,14 +66,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--context",
         type=_context,
         metavar="TOKENS",
-        help="count a cache of so many tokens beside the weights; default: as the study did",
+        help="context length for which the cache is added to the weights; default: the study's",
     )
     parser.add_argument(
         "--margin",
         type=_margin,
         metavar="NUMBER",
-        help="the loss that counts as none, in percent of a perplexity and in points of an "
-        "accuracy: says which trials are shown to stay within it; default: the study's own",
+        help="the loss that you accept, in percent of a perplexity and in points of an accuracy; "
+        "the report says which trials are shown to stay within it; default: the study's",
     )
     parser.add_argument(
         "--out",
@@ -190,7 +193,7 @@ def _context(word: str) -> int:
         ArgumentTypeError: the word is none.
     """
     if not word.isdecimal() or int(word) < 1:
-        raise argparse.ArgumentTypeError(f"{word} is no number of tokens, such as 32768")
+        raise argparse.ArgumentTypeError(f"{word} is not a number of tokens, such as 32768")
     return int(word)
 
 
@@ -200,7 +203,7 @@ def _margin(text: str) -> float:
     except ValueError:
         margin = math.nan
     if not 0 < margin < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is no number above zero")
+        raise argparse.ArgumentTypeError(f"{text} is not a number above zero")
     return margin
 
 

@@ -1,4 +1,4 @@
-"""What a report is asked to say, and what it is when it is written."""
+"""The options of a report, and the report once it is written."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

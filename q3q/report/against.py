@@ -194,7 +194,7 @@ def _check_columns(path: Path, columns: Sequence[str]) -> None:
     known = (*NEEDED, *CHOICES, SOURCE)
     unknown = [name for name in columns if name not in known and type_of(name) is None]
     if unknown or twice:
-        what = "no setting of a trial" if unknown else "there more than once"
+        what = "not a setting of a trial" if unknown else "given more than once"
         raise ReportError(
             f"{path}: column {', '.join(map(repr, unknown or twice))} is {what}: columns are "
             f"{', '.join(NEEDED)}, {SOURCE}, and settings as MLflow's params name them, such as "

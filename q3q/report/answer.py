@@ -29,14 +29,14 @@ from q3q.report.pools import Pool, comparable, pools
 from q3q.report.tables import MARK, MARKED, Table, other_versions
 
 RULE = (
-    "Changes are from the unquantized model: of a perplexity in percent (+ is worse), of an "
-    "accuracy in percentage points (- is worse), with 95 % intervals of paired differences where a "
-    "trial has them. Methods are ranked by the first measure: text of a kind that no method was "
-    'calibrated on, where there is such text. "No clear winner" means that a different method is '
-    "better by a different measure. Two methods do not differ significantly if a paired test on "
-    "the same windows and questions does not tell them apart (p < 0.05, corrected by Holm's method "
-    "over all tests of a family); for methods with several seeds the spread over seeds counts too. "
-    "An interval is of its own comparison, without the correction. A single seed "
+    "Changes are measured from the unquantized model, in percent for a perplexity (+ is worse) and "
+    "in percentage points for an accuracy (- is worse), with 95 % intervals of paired differences "
+    "where a trial has them. Methods are ranked by the first measure, which uses text that no "
+    'method was calibrated on if there is such text. "No clear winner" means that a different '
+    "method is better by a different measure. Two methods do not differ significantly if a paired "
+    "test on the same windows and questions cannot tell them apart (p < 0.05, corrected by Holm's "
+    "method over all tests of a family); for methods with several seeds the spread over seeds "
+    "counts too. An interval covers only its own comparison and is not corrected. A single seed "
     "cannot show how much of a difference is due to the calibration text that was drawn. "
     '"Not tested" means that the scores of each window or question, which a paired test needs, '
     "are missing, or are too few for a test."
@@ -278,7 +278,7 @@ def answers(
     outliers = other_versions(records)
     found = (_answer(name, group, outliers, margin) for name, group in comparable(records).items())
     return [
-        replace(answer, memory=Memory.of(answer.tried[0].records, context))
+        replace(answer, memory=Memory.of([r for p in answer.tried for r in p.records], context))
         for answer in found
         if answer
     ]

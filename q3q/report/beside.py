@@ -34,9 +34,9 @@ MOST = 6  # values of a setting
 SAME_TRIAL = "the same trial"
 OTHERWISE = "measured otherwise"
 NOTE = (
-    "Changes are from the first study to the other: of a perplexity in percent (+ is worse), of an "
-    "accuracy in percentage points (- is worse), with 95 % intervals of paired differences where "
-    "both trials kept the score of each window or question. What counts as a difference is "
+    "Changes are measured from the first study to the other, in percent for a perplexity (+ is "
+    "worse) and in percentage points for an accuracy (- is worse), with 95 % intervals of paired "
+    "differences where both trials kept the score of each window or question. Significance is "
     "corrected by Holm's method over all changes of a table."
 )
 

@@ -29,18 +29,18 @@ BINS = ((0, 50), (50, 90), (90, 99), (99, 100))
 RULE = (
     "KL: the mean divergence of the original's next-token distribution from the checkpoint's, in "
     "nats, with 95 % intervals over windows; checkpoints are sorted by it, on the first text. "
-    "Noise floor: the KL of the original computed in another type with itself; a checkpoint that a "
-    "paired test on the same windows (p < 0.05) does not tell from it is as near to the original "
-    "as the original, rounded otherwise, is to itself. Not told apart: the same test between two "
-    "checkpoints. Other tokens: positions where the likeliest token is not the original's. Mean "
+    "Noise floor: the KL of the original from itself when it is computed in another type. A "
+    "checkpoint is within the noise if a paired test on the same windows (p < 0.05) cannot tell "
+    "its KL from the floor. Not told apart: the same test between two checkpoints. "
+    "Other tokens: positions where the likeliest token is not the original's. Mean "
     "accuracy: its change with a 95 % interval, and better or worse if a paired test says so. Bits "
     "per weight are those of the linear layers of the blocks, and the size that of all tensors, "
     "counted in the files."
 )
 CONFIDENCE_RULE = (
-    "The KL where the original gives its likeliest token this probability, and in brackets the "
-    "share of these positions where that token is another one. The columns' heads say how many of "
-    "all positions these are."
+    "The KL at positions where the original gives its likeliest token this probability, and in "
+    "brackets the share of these positions where the checkpoint's likeliest token is another one. "
+    "The column heads give the share of all positions."
 )
 
 

@@ -1,4 +1,4 @@
-"""Mean accuracies: which trials may share one, and what it is over."""
+"""Mean accuracies: which trials may share one, and which tasks it averages."""
 
 from collections.abc import Sequence
 

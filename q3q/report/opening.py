@@ -96,7 +96,7 @@ def _nothing(answer: Answer) -> str:
 
 
 def _widths(answer: Answer, most: int) -> list[str]:
-    """Return what was found at each width, the widest first, in at most so many sentences."""
+    """Return what was found at each width, the widest first, in at most `most` sentences."""
     verdicts = list(reversed(answer.verdicts))
     if len(answer.at_all) < 2:
         return []

@@ -154,7 +154,7 @@ class Mirror:
         return len(changed) + len(gone)
 
     def push_if_absent(self, prefix: str) -> None:
-        """Send a cache that others would compute likewise, if the store has none."""
+        """Upload a cache that other machines would compute too, if the store does not have it."""
         new = any(self._is_changed(name) for name in self._here(prefix))
         if new and not with_retries(self.url, lambda: self.store.find(prefix)):
             self.push(prefix)

@@ -114,10 +114,11 @@ class MirroredBlocks(BlockCache):
     def _copies(self) -> list[Kept]:
         found = []
         for folder in self.folder.glob("*/"):
-            size = sum(one.stat().st_size for one in os.scandir(folder) if one.is_file())
-            lease = self._lease(folder.name)
-            used = lease.stat().st_mtime_ns if lease.exists() else 0
+            lease, size = self._lease(folder.name), 0
+            with suppress(FileNotFoundError):  # files go away at this moment
+                size = sum(one.stat().st_size for one in os.scandir(folder) if one.is_file())
             if size:
+                used = lease.stat().st_mtime_ns if lease.exists() else 0
                 found.append(Kept(folder.name, size, used))
         return sorted(found, key=lambda kept: (kept.used, kept.name))
 

@@ -1,4 +1,4 @@
-"""Upload a mirror's changes in the background while work goes on."""
+"""Upload a mirror's changes in the background while work runs."""
 
 import threading
 from collections.abc import Callable, Iterator

@@ -1,4 +1,4 @@
-"""Do what nobody needs to wait for, such as informing a tracker, in a thread of its own."""
+"""A background thread for work that no trial waits for, such as updating a tracker."""
 
 import threading
 from collections.abc import Callable, Hashable

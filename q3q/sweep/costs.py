@@ -367,7 +367,7 @@ def forward(facts: ModelFacts, tokens: float, context: float) -> float:
 
 @functools.cache
 def _weights_per_token(facts: ModelFacts) -> int:
-    """Count the linears' weights that one token meets; of experts, the chosen ones."""
+    """Count the linears' weights that one token uses: of experts, the chosen ones."""
     count = 0
     for k in range(facts.layers):
         shapes = facts.block_shapes(k)

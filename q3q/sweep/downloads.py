@@ -88,7 +88,7 @@ def download(trials: Sequence[Json], report: Callable[[str], None]) -> None:
             if not _is_here(need) and need.missing():
                 need.fetch(steps)
         except Q3QError as error:
-            report(f"{where}: {need.name} cannot be had now: {masked(str(error))}")
+            report(f"{where}: {need.name} cannot be downloaded now: {masked(str(error))}")
 
 
 def _is_prepared(trial: Trial, identity: Json) -> bool:
@@ -169,7 +169,7 @@ def download_on_each_machine(
                 say(f"{outcome.key}: {outcome.error}; its trials download what they need")
     except _SilenceError:
         say(
-            f"Nothing new was heard of the downloads on {', '.join(unfinished.values())} for "
-            f"{SILENCE_SECONDS / 60:.0f} minutes: they are ended, and trials download what they "
+            f"The downloads on {', '.join(unfinished.values())} made no progress for "
+            f"{SILENCE_SECONDS / 60:.0f} minutes: they are stopped, and trials download what they "
             "need"
         )

@@ -22,8 +22,9 @@ NOTHING_QUANTIZED = {
     **dict.fromkeys(
         (
             *("bits", "group_size", "group_rows", "symmetric", "act_bits", "act_format"),
-            *("act_group_size", "head_bits", "embedding_bits", "kv_bits", "kv_format", "kv_scales"),
-            *("kv_group_size", "kv_chunk", "kv_window", "kv_symmetric"),
+            *("act_group_size", "act_scales", "head_bits", "embedding_bits"),
+            *("kv_bits", "kv_format", "kv_scales", "kv_group_size", "kv_chunk"),
+            *("kv_window", "kv_symmetric"),
         ),
         "null",
     ),
@@ -285,6 +286,6 @@ def _would_change_all(study: str, override: Override, swept: Mapping[str, Sequen
         else f"it can be narrowed by {', '.join(swept)}"
     )
     return (
-        f"{override.input_line} would change every row of study={study}: {allowed}. Give it a name "
-        "of its own (name=...) to ask another question with it"
+        f"{override.input_line} would change every row of study={study}: {allowed}. To change a "
+        "study in any other way, give it another name: name=..."
     )

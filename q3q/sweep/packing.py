@@ -112,7 +112,7 @@ def simulate(trials: Sequence[Load], machines: Sequence[Machine]) -> Simulation:
 
 
 class _Sweep:
-    """A simulated sweep as it goes on.
+    """The state of a simulated sweep.
 
     events: (time, ticket, trial, version of its GPU): the trial begins to compute on a GPU that it
         shares (BEGINS), or ends there, or ends elsewhere (None)

@@ -279,8 +279,8 @@ def describe(
     lines.append(f"{', '.join(total)}. State and records: {storage}")
     if sensing := sum(entry.phases.get(SENSING, 0.0) for entry in left):
         lines.append(
-            f"Of the work, {_rounded(sensing)} measures the sensitivities that budgets are "
-            f"allotted by, once for all trials that share them; they stay in {storage}/{SENSING}."
+            f"This includes {_rounded(sensing)} to measure budgets' sensitivities, once for all "
+            f"trials that share them; they are kept in {storage}/{SENSING}."
         )
     counting = {budget for entry in left if (budget := entry.spec.budget) and budget.context}
     lines += sorted(f"{budget.words}: {budget.about}." for budget in counting)
@@ -289,7 +289,7 @@ def describe(
     lines += shown_by_questions(entry.spec for entry in planned)
     if any(entry.basis != "measured" for entry in left):
         lines.append(
-            "Rough: arithmetic alone; trials that finish here correct it for the next plan."
+            "Rough: computed without measurements; trials that finish here correct the next plan."
         )
     return "\n".join(lines)
 
@@ -302,7 +302,8 @@ def unlike_methods(specs: Sequence[TrialSpec]) -> str:
     schemes: dict[str, dict[str, None]] = {}
     for spec in specs:
         if (scheme := spec.scheme) is not None:
-            group = "a scale a row" if scheme.group_size == -1 else f"groups of {scheme.group_size}"
+            whole = scheme.group_size == -1
+            group = "a scale per row" if whole else f"groups of {scheme.group_size}"
             bits = f"{scheme.act_bits or 16}-bit"
             acts = bits if scheme.act_format == INT else short_name(scheme.act_format)
             words = f"{acts} activations, {group}"
@@ -316,7 +317,10 @@ def unlike_methods(specs: Sequence[TrialSpec]) -> str:
     # Where activations follow the format, act_bits= would make them whole numbers.
     floats = any(spec.scheme is not None and spec.scheme.act_format != INT for spec in specs)
     key = "act_format" if floats else "act_bits"
-    return f"Not the same scheme: {each}. {key}= and group_size= give all methods the same."
+    return (
+        f"By default these methods have different schemes ({each}). To compare them with the same "
+        f"scheme, set {key}= and group_size=."
+    )
 
 
 def _row(planned: Planned, name: str) -> tuple[str, ...]:

@@ -24,8 +24,8 @@ def shown_by_questions(specs: Iterable[TrialSpec]) -> list[str]:
     """
     choices: dict[str, dict[str, TrialSpec]] = {}
     for spec in specs:
-        if spec.scheme is not None:
-            # Seeds are one choice of the report, and its trials are compared in these groups.
+        if not spec.rounds_nothing and spec.reference is None:
+            # As the report has them: compared in these groups, where seeds are one choice.
             choices.setdefault(conditions_of(spec), {})[replace(spec, seed=0).id] = spec
     lines: dict[str, None] = {}
     for group in choices.values():

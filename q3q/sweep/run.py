@@ -127,8 +127,8 @@ def run_study(
         outside = [trial for trial in trials if trial.placement.baseline not in (None, *ids)]
         if any(baseline_record(trial, {}) is None for trial in outside):
             study.display.note(
-                "Nothing to compare with yet: run the same with method=none once, then this again "
-                "(it only compares)"
+                "Nothing to compare with yet: run the same command with method=none once, then "
+                "this one again, which then only compares"
             )
         if left:
             host.run(left, study)

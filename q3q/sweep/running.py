@@ -140,7 +140,7 @@ def tracked(
     if ending.interruption is not None:
         print(
             f"Interrupted: {len(study.records)} of {len(trials)} trials are recorded; the same "
-            "command goes on."
+            "command continues."
         )
         raise ending.interruption
     _raise_failures(study, left)
@@ -193,9 +193,9 @@ def _say_what_is_finished(
         display.skipped([study.sweep.names[key] for key in finished])
     if unchecked := sum(record.unchecked for record in finished.values()):
         display.note(
-            f"{unchecked} of the finished trials are an older version's, which kept no "
-            "checksum of their samples: damage to those may pass unseen. fresh=true "
-            "measures again"
+            f"{unchecked} of the finished trials are from an older version, which kept no "
+            "checksum of their samples: damage to the samples may go unnoticed. "
+            "fresh=true measures them again"
         )
 
 

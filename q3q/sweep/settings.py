@@ -101,7 +101,7 @@ def refuse_margin(config: DictConfig) -> None:
         return
     if not 0 < margin < math.inf:
         raise ConfigError(
-            f"report.margin={margin:g} is no loss: give a number above zero, in percent of a "
+            f"report.margin={margin:g} is not a margin: give a number above zero, in percent of a "
             "perplexity and in points of an accuracy"
         )
     if not (evaluation.texts or evaluation.tasks):

@@ -65,7 +65,7 @@ def sole_driver(
         return ConfigError(
             f"this sweep is running already: {holder}. Watch it with "
             f"{module('q3q.trials', '--storage', str(storage), 'attach')}; when it has ended, or "
-            "died, the same command goes on"
+            "died, the same command continues"
         )
 
     mirror = mirror_at(str(storage))
@@ -182,8 +182,7 @@ class Study:
     def _fail(self, error: TrackingError) -> None:
         if not self._silent:
             self.note(
-                f"{error} Records stay on disk, and it is tried again every "
-                f"{TRY_AGAIN_SECONDS:g} s."
+                f"{error} Records stay on disk, and q3q tries again every {TRY_AGAIN_SECONDS:g} s."
             )
         self._silent_until = time.monotonic() + TRY_AGAIN_SECONDS
 
@@ -289,7 +288,7 @@ class Study:
                 raise
             raise SweepFailedError(
                 f"the report cannot be written to {folder} ({error}). Records are on disk; the "
-                "same command writes it when that is mended"
+                "same command writes it once that is fixed"
             ) from error
         finished = len(records) == len(ids) and all(record.completed for record in records)
         self._queue.settle(
@@ -302,8 +301,8 @@ class Study:
                 f"{len(self._owed)} records and the report are" if self._owed else "The report is"
             )
             self.note(
-                f"{owed} on disk, not with the tracker; {self.tracker.sync} or the same command "
-                "sends them."
+                f"{owed} on disk, but not in the tracker yet; {self.tracker.sync} or the same "
+                "command sends them."
             )
         return report
 

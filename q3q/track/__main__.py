@@ -38,7 +38,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("what", choices=["sync"])
     parser.add_argument(
-        "--storage", default="mlruns", metavar="DIR", help="or a URL; default: mlruns"
+        "--storage",
+        default="mlruns",
+        metavar="DIR",
+        help="the storage, a folder or a URL; default: mlruns",
     )
     parser.add_argument(
         "--uri", help="the MLflow store or server; default: sqlite:///<storage>/mlflow.db"

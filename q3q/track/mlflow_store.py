@@ -275,7 +275,7 @@ class MlflowStore:
 
 
 def is_refusal(error: Exception) -> bool:
-    """Return True if the store works, and only does not take what it was sent."""
+    """Return True if the store works but refuses this request."""
     if "'active' state" in str(error):  # somebody deleted the run meanwhile
         return False
     code = str(getattr(error, "error_code", ""))

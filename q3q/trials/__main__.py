@@ -1,4 +1,4 @@
-"""`python -m q3q.trials`: list and verify what a storage holds; resume, delete or watch trials."""
+"""`python -m q3q.trials`: list, resume, delete and verify trials of a storage; watch a sweep."""
 
 import argparse
 import sys
@@ -21,7 +21,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m q3q.trials", description=__doc__, allow_abbrev=False
     )
     parser.add_argument(
-        "--storage", default="mlruns", metavar="DIR", help="or a URL; default: mlruns"
+        "--storage",
+        default="mlruns",
+        metavar="DIR",
+        help="the storage, a folder or a URL; default: mlruns",
     )
     verbs = parser.add_subparsers(
         dest="verb", metavar="list | resume | delete | attach | verify", title="what to do"
@@ -33,21 +36,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "state", nargs="*", choices=[*STATES, []], help="only trials in these states"
     )
     resume = verbs.add_parser(
-        "resume", help="go on with trials here, at the block where they stopped"
+        "resume", help="continue trials in this process, from the block where they stopped"
     )
     resume.add_argument("which", nargs="+", metavar="ID|failed|stopped")
     delete = verbs.add_parser(
-        "delete", help="delete all that trials left on disk; MLflow keeps what it has"
+        "delete", help="delete trials' files from disk; their runs in MLflow stay"
     )
     delete.add_argument("which", nargs="+", metavar="ID|failed|stopped|unknown")
     attach = verbs.add_parser(
         "attach", help="watch a sweep that runs in another terminal or on another machine"
     )
-    attach.add_argument("sweep", nargs="?", help="its name; without it the one that runs")
+    attach.add_argument("sweep", nargs="?", help="its name; default: the one that is running")
     verify = verbs.add_parser(
-        "verify", help="check records, their files and exports, whose every byte is read"
+        "verify", help="read every byte of records, their files and exports, and report damage"
     )
-    verify.add_argument("which", nargs="*", metavar="ID", help="without it all trials")
+    verify.add_argument("which", nargs="*", metavar="ID", help="default: all trials")
     options = parser.parse_args(arguments)
     try:
         storage = refreshed(options.storage)

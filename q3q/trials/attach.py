@@ -65,7 +65,7 @@ def watch(storage: Path, name: str | None, mirror: Mirror | None = None) -> int:
     finally:
         if screen is not None:
             screen.close()
-    end = "it has ended" if status.over else "it died, the same command goes on"
+    end = "it has ended" if status.over else "it died; the same command continues"
     print(f"{status.name}: {count(status.view)}; {end}")
     return 0 if status.over else EXIT_FAILED
 

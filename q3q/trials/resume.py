@@ -1,4 +1,4 @@
-"""Resume trials in this process: each goes on in the sweep that it belongs to."""
+"""Resume trials in this process, each as part of the sweep that it belongs to."""
 
 import os
 import shlex

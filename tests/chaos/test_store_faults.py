@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 
 from q3q.placement import Placement
+from q3q.record import Progress
 from q3q.storage import claim as claim_module
 from q3q.storage import object_claims, uploader
 from q3q.storage.stores import open_store
@@ -215,7 +216,7 @@ def test_of_two_machines_at_once_one_makes_the_blocks_and_a_third_finds_them(tri
     assert [end_of(child) for child in children] == [0, 0]
     assert sorted(reused(one, url) for one in trials) == [0, 3]
     third = with_limit(trial, 5)
-    phases = []
+    phases: list[Progress] = []
     os.environ["Q3Q_MIRRORS"] = str(tmp_path / "c")
     assert attempt_trial(replace(third, placement=third.placement.here()), phases.append).completed
     assert reused(third, url) == 3

@@ -145,7 +145,7 @@ def test_a_driver_that_is_killed_or_told_to_go_is_resumed_by_the_same_command(
     output, _ = process.communicate(timeout=60)
     assert process.returncode == code, output
     if number == signal.SIGTERM:
-        assert "the same command goes on" in output
+        assert "the same command continues" in output
     workers = {
         step.pid for path in tmp_path.glob("trials/*/trial.log") for step in log_of(path.parent)
     }

@@ -140,7 +140,7 @@ def test_a_signal_to_all_processes_of_a_job_ends_it_with_its_farewell(number, ti
         output, _ = process.communicate(timeout=120)
     # Of two signals that wait, Python hears the one of the lower number first.
     assert process.returncode in (128 + number, 128 + signal.SIGHUP), output
-    assert "the same command goes on" in output
+    assert "the same command continues" in output
     assert "Traceback" not in output
     wait_until(lambda: not members(process.pid), "the end of all its processes", 60)
     assert "RUNNING" not in statuses(storage)

@@ -278,7 +278,7 @@ def test_a_real_sweep_whose_server_is_killed_ends_and_the_same_command_fills_a_n
         os.kill(hit.pid, signal.SIGCONT)
         output, _ = process.communicate(timeout=280)
         assert process.returncode == 0, output
-        assert "Records stay on disk, and it is tried again" in output
+        assert "Records stay on disk, and q3q tries again" in output
         command = f"python -m q3q.track sync --storage {storage} --uri {uri}"
         assert f"{command} or the same command sends them" in output
         ended = records(storage)

@@ -240,7 +240,7 @@ def test_a_full_disk_is_said_and_with_room_it_goes_on(trial, reference, step, sm
         record = attempt_trial(trial, fill)
         assert record.status == "FAILED"
         assert "the disk is full" in record.reason
-        assert "the same command goes on from the last block" in record.reason
+        assert "the same command continues from the last block" in record.reason
 
     pid = in_child(work)
     assert end_of(pid) == 0

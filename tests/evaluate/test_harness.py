@@ -395,7 +395,7 @@ def test_generation_ends_where_the_models_own_settings_say(both, tmp_path):
 def test_sampling_is_refused(both):
     ours, _ = both
     sampled = instances([("a", {"do_sample": True, "temperature": 0.7})], "generate_until")
-    with pytest.raises(ConfigError, match="a_task wants sampled text"):
+    with pytest.raises(ConfigError, match="a_task asks for sampled text"):
         ours.generate_until(sampled)
     with pytest.raises(ConfigError, match="num_beams"):
         ours.generate_until(instances([("a", {"num_beams": 4})], "generate_until"))

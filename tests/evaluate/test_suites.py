@@ -384,7 +384,7 @@ PIQA_ROW = '{"goal": "g", "sol1": "a", "sol2": "b", "label": %s}\n'
             '{"goal": "g"}\n',
             "row 1: baber/piqa has a column sol1, this has none",
         ),
-        ("validation.jsonl", "[1]\n", "no JSON object"),
+        ("validation.jsonl", "[1]\n", "not a JSON object"),
         ("validation.jsonl", "{\n", "cannot be read"),
         (
             "test.jsonl",

@@ -149,7 +149,10 @@ def quantized_blocks(checkpoint, trial, *, act_order=False, leave=()):
         result = quantized_block(block, k, trial, act_order=act_order, leave=leave)
         model.blocks[k] = block.with_weights(result.numbers(block.dtype, block.device))
         blocks.append(result)
-    set_activations(model, trial.spec)
+    peaks = {}
+    for block in blocks:
+        peaks |= block.full_peaks
+    set_activations(model, trial.spec, peaks)
     return blocks, model
 
 
@@ -165,7 +168,9 @@ def quantized_block(block, k, trial, *, act_order=False, leave=()):
         stored = with_scales(levels.rounded(groups, levels.minmax(groups)), scheme.scales)
         quantized[name] = apart(stored, k) if act_order else stored
     changed = {"input_layernorm.weight": block.weights["input_layernorm.weight"] * 1.25}
-    return QuantizedBlock(k, quantized, changed, [])
+    scheme = trial.spec.scheme
+    peaks = {site.name: 2.0 + 1 / 3 * k for site in block.sites} if scheme.calibrates_inputs else {}
+    return QuantizedBlock(k, quantized, changed, [], peaks=peaks)
 
 
 def one_block(checkpoint, trial):

@@ -154,7 +154,7 @@ def test_the_unquantized_model_stands_beside_the_checkpoint_perplexity_first():
     assert [line for line in lines if line.startswith("| ")][1:] == [
         "| perplexity, stories | 2 | 1.6 | +25.00 % |",
         "| accuracy of stories_who, % | 50.0 | 62.5 | -12.5 points |",
-        "| KL divergence from the unquantized model, stories, nats a token | 0.02 "
+        "| KL divergence from the unquantized model, stories, nats per token | 0.02 "
         "| 0 by definition | |",
         "| weights on disk | 6.7 MB | 11.5 MB | -42 % |",
     ]

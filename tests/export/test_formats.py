@@ -65,7 +65,7 @@ def test_every_export_config_becomes_a_spec(trial, name):
             ["method=rtn", "export=awq", "head_bits=8", "embedding_bits=8"],
             "head or embedding.*these can: export=hf",
         ),
-        (["method=none", "export=hf"], "no use"),
+        (["method=none", "export=hf"], "no effect"),
         (
             ["model=demo_moe", "method=rtn", "export=awq", "skip=[*.down]"],
             "overrides or skip.*these can: export=hf",
@@ -101,7 +101,7 @@ def test_every_export_config_becomes_a_spec(trial, name):
         ),
         (
             ["method=rtn", "export=compressed_tensors", "format=nvfp4", "act_format=nvfp4"],
-            r"act_format=nvfp4 \(servers take its factor from calibration.*no format can",
+            r"act_format=nvfp4 with a factor per token .*: act_scales=calibrated\).*no format can",
         ),
         (
             ["method=rtn", "export=compressed_tensors", "format=mxfp4", "act_format=mxfp8"],
@@ -171,7 +171,7 @@ def test_what_it_does_not_take_of_experts_the_table_says():
     assert not takes(8, True, True)  # groups or blocks
     assert not takes(8, True, True, scales="e8m0")
     assert not takes(4, True, True, scales="e4m3")
-    assert "experts: int symmetric, weights only, and `fp8_e4m3` with a scale a row" in table()
+    assert "experts: int symmetric, weights only, and `fp8_e4m3` with one scale per row" in table()
 
 
 FLOATS = [
@@ -182,6 +182,7 @@ FLOATS = [
     "format=mxfp6",
     "format=mxfp4 act_format=mxfp4",
     "format=nvfp4",
+    "format=nvfp4 act_format=nvfp4 act_scales=calibrated calibration=demo",
     "bits=4 symmetric=true overrides={*.down:{format:nvfp4}}",
 ]
 

@@ -80,6 +80,7 @@ UNPACKED = "dequantize=True"
 PLAIN = "plain unpacker of `compressed-tensors`"
 BLOCKS = {"group_size": 16, "group_rows": 24}
 FP8, FP8_BLOCKS = {"act_format": "fp8_e4m3"}, {"act_format": "fp8_e4m3", "act_group_size": 32}
+NVFP4 = {"act_format": "nvfp4", "act_scales": "calibrated"}
 
 
 @pytest.mark.parametrize(
@@ -96,7 +97,9 @@ FP8, FP8_BLOCKS = {"act_format": "fp8_e4m3"}, {"act_format": "fp8_e4m3", "act_gr
         (True, "float32", {"format": "mxfp4", "act_format": "mxfp4"}, PLAIN),
         (False, "bfloat16", {"format": "nvfp4"}, CT),
         (False, "float32", {"format": "nvfp4"}, UNPACKED),
-        (True, "bfloat16", {"format": "nvfp4"}, PLAIN),
+        (False, "bfloat16", {"format": "nvfp4", **NVFP4}, CT),
+        (False, "float32", {"format": "nvfp4", **NVFP4}, UNPACKED),
+        (True, "bfloat16", {"format": "nvfp4", **NVFP4}, PLAIN),
     ],
 )
 def test_floats_come_back_with_the_inputs_that_are_rounded(exported, moe, dtype, scheme, loader):
@@ -112,6 +115,11 @@ def test_floats_come_back_with_the_inputs_that_are_rounded(exported, moe, dtype,
         for name, weight in ours.weights.items():
             assert torch.equal(weight, theirs.weights[name]), name
         assert (ours.rounding, ours.own_rounding) == (theirs.rounding, theirs.own_rounding)
+    if "act_scales" in scheme:  # a stored factor that is another one is found
+        site, how = next(iter(model.blocks[1].own_rounding.items()))
+        model.blocks[1].own_rounding |= {site: replace(how, number=2 * how.number)}
+        check = strangers_view(made, model, logits=False).check
+        assert "is rounded below the factor" in check.detail
 
 
 def test_a_cache_in_fp8_is_in_the_config_and_changes_no_plain_forward(
@@ -346,18 +354,18 @@ def proof_ready(trial, original, blocks, model):
 
 
 def other_top(bits):
-    def round_otherwise(model, packed):
+    def round_otherwise(model, packed, factors):
         groups = copy.deepcopy(packed["config_groups"])
         for group in groups.values():
             group["input_activations"]["num_bits"] = bits
-        reload_round(model, {**packed, "config_groups": groups})
+        reload_round(model, {**packed, "config_groups": groups}, factors)
 
     return round_otherwise
 
 
 def left_out(*patterns):
-    return lambda model, packed: reload_round(
-        model, {**packed, "ignore": [*packed["ignore"], *patterns]}
+    return lambda model, packed, factors: reload_round(
+        model, {**packed, "ignore": [*packed["ignore"], *patterns]}, factors
     )
 
 
@@ -434,7 +442,7 @@ def test_what_comes_to_no_end_proves_nothing(exported, tmp_path, monkeypatch, co
     if "no answer" in why:
         monkeypatch.setattr(proof, "SECONDS", 1.0)
     with pytest.raises(
-        ExportError, match=rf"written but not proved: .*{why}.*the same command goes on"
+        ExportError, match=rf"written but not proved: .*{why}.*the same command continues"
     ):
         prove(made.path, model)
 

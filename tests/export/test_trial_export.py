@@ -47,6 +47,9 @@ def reloaded(monkeypatch):
     monkeypatch.setattr(proof, "_reload", reload_here)
 
 
+NVFP4_INPUTS = ["act_format=nvfp4", "act_scales=calibrated"]
+
+
 class StoppedError(Exception):
     pass
 
@@ -261,7 +264,7 @@ def test_plain_numbers_are_known_to_be_quantized_wherever_they_are(trial_of, tmp
         ["export=hf", "method=rtn"],
         ["export=gptq", "method=rtn", "bits=3"],
         ["export=awq", "method=rtn", "group_size=64"],
-        ["export=compressed_tensors", "method=rtn", "bits=5"],
+        ["export=compressed_tensors", "method=rtn", "format=nvfp4", *NVFP4_INPUTS],
         ["export=compressed_tensors", "method=smoothquant"],
         ["export=compressed_tensors", "method=smoothquant", "skip=[blocks.1.gate_up,*.o]"],
     ],

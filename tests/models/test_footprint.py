@@ -143,7 +143,7 @@ def test_sizes(size, count):
 
 @pytest.mark.parametrize("size", ["", "GB", "2.5 gigabytes", "-1GB", "0", "1e9", "8iB"])
 def test_what_is_no_size(size):
-    with pytest.raises(ConfigError, match=r"memory=.* is no size: give bytes such as 2\.5GB"):
+    with pytest.raises(ConfigError, match=r"memory=.* is not a size: give bytes such as 2\.5GB"):
         bytes_of(size)
 
 

@@ -206,8 +206,8 @@ def test_a_torn_or_foreign_file_is_refused(folder_of, tmp_path):
         content[:-40]: "is damaged: it has .* bytes, and .* ends at",
         content[:600]: "is damaged: its head ends too early",
         content[:9]: "is damaged: its head ends too early",
-        b"": "no GGUF file",
-        b"PK" + content[2:]: "no GGUF file",
+        b"": "not a GGUF file",
+        b"PK" + content[2:]: "not a GGUF file",
         content[:4] + b"\x09" + content[5:]: "of version 9",
     }.items():
         path.write_bytes(damage)

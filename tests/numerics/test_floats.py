@@ -24,6 +24,7 @@ from q3q.numerics.floats import (
 from q3q.numerics.grid import into_groups
 from q3q.numerics.levels import FloatLevels, RowPeaks, levels_of
 from q3q.numerics.packing import pack_bits, unpack_bits
+from q3q.numerics.stored_scales import input_factor
 
 EVERY = pytest.mark.parametrize("name", FLOATS)
 FP8 = {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
@@ -267,3 +268,11 @@ def test_numbers_that_are_not_finite_are_no_codes():
     zero = FloatWeight(stored.codes_EOI, stored.stored_scale_EOG * 0, "fp8_e4m3")
     assert "above 0" in (zero.unsound(weights()[None]) or "")
     assert torch.isnan(decode(torch.tensor([0x7F], dtype=torch.uint8), E4M3)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("peak", [0.0, 1e-40, 1e-37, 0.0173, 1.0, 11.375, 2688.0, 3e38])
+def test_the_factor_of_an_input_is_what_llm_compressor_stores_of_its_largest_number(peak, dtype):
+    largest = torch.tensor([peak], dtype=dtype)
+    stored = generate_gparam(-largest, largest)
+    assert input_factor(float(largest), "nvfp4", dtype) == float(stored)

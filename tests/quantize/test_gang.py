@@ -19,7 +19,8 @@ DEMO = Path(q3q.models.demo.__file__).parent
 # Small parts, so that there are several to divide: batches, experts of a site, and rows.
 SMALL = {"BATCH_TOKENS": {"cpu": 256}, "CHUNK_BYTES": 2**20}
 CPU_ROWS = 256
-GROUPS = Scheme(bits=3, group_size=64, symmetric=False)
+INPUTS = {"act_format": "nvfp4", "act_bits": 4, "act_group_size": 16, "act_scales": "calibrated"}
+GROUPS = Scheme(bits=3, group_size=64, symmetric=False, **INPUTS)
 CASES = {
     "rtn": (built("rtn"), GROUPS),
     "gptq": (built("gptq"), GROUPS),
@@ -58,7 +59,7 @@ def facts_of(block):
         for name, code in block.quantized.items()
         for part, t in code.to_tensors().items()
     }
-    return tensors | block.changed, block.errors, block.notes
+    return tensors | block.changed, block.errors, block.notes | {"peaks": block.peaks}
 
 
 FIRST = ("rtn", "gptq", "smoothquant")  # in one run; the rest in another

@@ -3,6 +3,7 @@ trials.
 """
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -48,7 +49,7 @@ def copy(decoder):
     )
 
 
-def set_activations(model: Decoder) -> None:
+def set_activations(model: Decoder, peaks: Mapping[str, float] | None = None) -> None:
     model.adjust(lambda k, block: setattr(block, "rounding", SCHEME.inputs))
 
 
@@ -95,7 +96,7 @@ def test_activations_are_quantized_as_they_will_be(decoder, windows, tmp_path):
     few, rounded = windows[:2], copy(decoder)
     quantize_model(rounded, AtBits(8), SCHEME, few, BlockStore(tmp_path))
     expected = []
-    for act in (lambda model: None, set_activations):
+    for act in (lambda model, peaks=None: None, set_activations):
         act(rounded)
         # Window by window, as the search goes: batches sum in other orders, and an activation at a
         # tie would round the other way.

@@ -36,7 +36,8 @@ METHODS = {
     "smoothquant": lambda: built("smoothquant"),
     "billm": lambda: built("billm"),
 }
-SCHEME = Scheme(bits=3, group_size=16, symmetric=False)
+INPUTS = {"act_format": "nvfp4", "act_bits": 4, "act_group_size": 16, "act_scales": "calibrated"}
+SCHEME = Scheme(bits=3, group_size=16, symmetric=False, **INPUTS)
 ACTIVATIONS = [40_000, 0]  # bytes, for some batches and for none
 
 
@@ -50,10 +51,6 @@ def _no_gradients(monkeypatch):
 @pytest.fixture
 def windows():
     return torch.randint(61, (12, 40), generator=torch.Generator().manual_seed(1))
-
-
-def read_by(name, windows):
-    return None if name == "rtn" else windows
 
 
 def scheme_for(name):
@@ -71,6 +68,8 @@ def same_codes(ours, theirs):
         assert all(torch.equal(a.changed[name], b.changed[name]) for name in a.changed)
         assert a.errors == b.errors
         assert a.notes == b.notes
+        assert a.peaks == b.peaks
+        assert all(peak > 0 for peak in a.peaks.values())
 
 
 @pytest.mark.parametrize(
@@ -85,16 +84,14 @@ def test_a_streamed_walk_gives_the_resident_ones_bits(
         resident,
         METHODS[name](),
         scheme_for(name),
-        read_by(name, windows),
+        windows,
         BlockStore(tmp_path / "r"),
     )
     for memory in ACTIVATIONS:
         streamed = StreamedDecoder(Checkpoint(folder), torch.float32, activations=memory)
         streamed.pinned = 20_000  # some go to main memory, as a GPU's would, and some to files
         store = BlockStore(tmp_path / f"s{memory}")
-        results = quantize_model(
-            streamed, METHODS[name](), scheme_for(name), read_by(name, windows), store
-        )
+        results = quantize_model(streamed, METHODS[name](), scheme_for(name), windows, store)
         same_codes(results, expected)
         assert store.reused == 0
         assert torch.equal(streamed.hidden(ids), resident.hidden(ids))
@@ -149,14 +146,14 @@ def test_a_streamed_walk_that_was_killed_goes_on_and_ends_with_the_same_bits(
         StreamedDecoder(Checkpoint(folder), torch.float32),
         METHODS[name](),
         scheme_for(name),
-        read_by(name, windows),
+        windows,
         BlockStore(tmp_path / "whole"),
     )
     broken = quantized_blocks(
         StreamedDecoder(Checkpoint(folder), torch.float32),
         METHODS[name](),
         scheme_for(name),
-        read_by(name, windows),
+        windows,
         left := BlockStore(tmp_path / "broken"),
     )
     assert isinstance(broken, Generator)
@@ -169,7 +166,7 @@ def test_a_streamed_walk_that_was_killed_goes_on_and_ends_with_the_same_bits(
             loader(Checkpoint(folder), torch.float32),
             METHODS[name](),
             scheme_for(name),
-            read_by(name, windows),
+            windows,
             store,
         )
         same_codes(results, whole)
@@ -193,9 +190,7 @@ def test_chunks_of_experts_change_no_bit(
         )
         model.adjust(lambda k, block: setattr(block, "every_expert", route == "all"))
         store = BlockStore(tmp_path / str(size))
-        results.append(
-            quantize_model(model, METHODS[name](), scheme_for(name), read_by(name, windows), store)
-        )
+        results.append(quantize_model(model, METHODS[name](), scheme_for(name), windows, store))
     for chunked in results[1:]:
         same_codes(chunked, results[0])
     if name != "rtn":

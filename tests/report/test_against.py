@@ -103,8 +103,8 @@ def test_another_organizations_model_is_another(tmp_path):
     ("head", "rows", "said"),
     [
         ("model,bits,value\n", "a,4,1\n", "lacks the column metric"),
-        ("model,metric,value,bit\n", "a,b,1,4\n", "column 'bit' is no setting of a trial"),
-        ("model,metric,value,bits,bits\n", "a,b,1,4,4\n", "column 'bits' is there more than once"),
+        ("model,metric,value,bit\n", "a,b,1,4\n", "column 'bit' is not a setting of a trial"),
+        ("model,metric,value,bits,bits\n", "a,b,1,4,4\n", "column 'bits' is given more than once"),
         ("model,metric,value\n", "a,b,high\n", "line 2: the value 'high' is not a number"),
         ("model,metric,value\n", "a,,1\n", "line 2: it names no metric"),
         ("model,metric,value\n", "a,b,1,2\n", "more cells than there are columns"),

@@ -16,8 +16,9 @@ from q3q.evaluate.compare import compare
 from q3q.evaluate.power import smallest_difference
 from q3q.evaluate.replicates import TEST
 from q3q.evaluate.samples import SAMPLES, window_rows, write_samples
+from q3q.kv_scheme import KvScheme
 from q3q.placement import Placement
-from q3q.record import COMPLETED, Comparison, TrialRecord
+from q3q.record import CACHE, COMPLETED, Comparison, TrialRecord
 from q3q.report.about import About
 from q3q.report.answer import Answer, answers
 from q3q.report.budgets import by_width
@@ -156,6 +157,8 @@ def test_the_page_the_terminal_and_the_note_open_with_the_same_words(tmp_path: P
     assert report.answer.startswith(f"- {lines[0][:40]}")
     assert report.answer == in_markdown([only(records)])
     assert "demo-answer.png" in report.files["results.md"].decode()
+    # The picture says which point is which.
+    assert all(f">{words}</text>" in page for words in ("recommended, 4 bits", "3 bits", "8 bits"))
 
 
 def test_each_size_has_its_best_choice_its_ties_and_its_command(tmp_path: Path) -> None:
@@ -196,6 +199,33 @@ def test_the_recommended_choice_has_a_row_and_a_command_where_another_is_better(
     unsized = only(records, 5.0)
     assert unsized.budgets == []
     assert export_hint([unsized]) == export_hint([answer])
+
+
+def test_with_a_context_a_smaller_cache_is_a_smaller_choice(tmp_path: Path) -> None:
+    whole = trial(tmp_path, "none", 16, HARD_N)
+    plain = trial(tmp_path, "rtn", 4, HARD_N + 0.0100 + noise(1))
+    given = trial(tmp_path, "rtn", 4, HARD_N + 0.0101 + noise(2), seed=1)
+    rounded = replace(given, spec=replace(given.spec, seed=0, kv=KvScheme(bits=8)))
+    given.trial.folder.rename(rounded.trial.folder)
+    for record in (whole, plain, rounded):
+        record.notes[CACHE] = {"numbers": 2048, "head_dim": 64}
+    weights, memory = (
+        answers([whole, plain, rounded], context=tokens)[0] for tokens in (None, 10_000)
+    )
+    assert [answer.chosen and answer.chosen.spec.kv for answer in (weights, memory)] == [
+        None,
+        KvScheme(bits=8),
+    ]
+    assert "(4.00 MB of 16.0 MB)" in opening([weights])[0]
+    # 20,480,000 numbers of 8 bits, with 32 bits for each 64 of them; or of 16.
+    said = "(25.8 MB of 57.0 MB, each with the cache of 10,000 tokens)"
+    assert said in opening([memory])[0]
+    assert "| model and cache up to |" in in_markdown([memory])
+    report = write_report(
+        [whole, plain, rounded], tmp_path / "r", About(name="it", command="", context=10_000)
+    )
+    assert said in report.files["report.html"].decode()
+    assert "weights and cache of 10,000 tokens, MB" in report.files["report.html"].decode()
 
 
 def test_a_budget_is_not_named_by_a_width_that_it_does_not_have(tmp_path: Path) -> None:

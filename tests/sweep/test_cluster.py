@@ -565,7 +565,7 @@ def test_without_ray_the_driver_says_so_before_ray_ends_it(start_program, gone):
         assert driver.returncode == 0  # Ray, which ends its process after 60 s, did not
         assert ends_soon(pid)
     assert re.fullmatch(
-        r"(the head of the Ray cluster at \S+ has not|Ray ended on).*the same command goes on\n",
+        r"(the head of the Ray cluster at \S+ has not|Ray ended on).*the same command continues\n",
         output,
     )
 

@@ -154,7 +154,7 @@ def test_sensitivities_are_measured_once_for_all_budgets_and_what_lies_there_tak
     seconds = [entry.phases[SENSING] for entry in planned]
     assert seconds[0] > 0 == seconds[1]
     words = describe(planned, machines=[NODE], where="here", storage=tmp_path)
-    assert "measures the sensitivities" in words
+    assert "to measure budgets' sensitivities" in words
     [quick] = planned_for([budgeted(3.5, "block_error")], [NODE])
     assert 0 < quick.phases[SENSING] < seconds[0]  # no later block runs
     units = units_of(one.spec, SHAPE)

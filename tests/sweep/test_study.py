@@ -246,7 +246,7 @@ def test_ctrl_c_keeps_what_is_finished_and_the_same_command_goes_on(tmp_path):
     os.kill(process.pid, signal.SIGINT)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 130, output
-    assert "the same command goes on" in output
+    assert "the same command continues" in output
     assert "Traceback" not in output
     kept = {path: path.stat().st_mtime_ns for path in tmp_path.glob("trials/*/record.json")}
     assert 2 <= len(kept) < 6
@@ -263,7 +263,7 @@ def test_one_trial_without_a_sweep(tmp_path):
     code, output = launch(tmp_path, "method=rtn", "bits=3")
     assert code == 0, output
     assert set(records(tmp_path)) == {"rtn3"}
-    assert "Nothing to compare with yet: run the same with method=none once" in output
+    assert "Nothing to compare with yet: run the same command with method=none once" in output
     parents, children = runs(tmp_path)
     assert (len(parents), len(children)) == (1, 1)
 
@@ -273,7 +273,7 @@ def test_one_trial_without_a_sweep(tmp_path):
     [
         (("method=gtpq",), "method=gtpq is not known; did you mean gptq?"),
         (("-m", "model=demo,demmo"), "model=demmo is not known; did you mean demo"),
-        (("bits=four",), "bits=four is no number: give whole bits"),
+        (("bits=four",), "bits=four is not a number: give whole bits"),
         (("-m", "bits=2,9"), "bits=9 is out of range"),
         (("bits=2", "bits=3"), "contradict each other"),
         (("-m", "bits=2", "bits=3"), "contradict each other"),

@@ -102,7 +102,7 @@ def greedy_settings(
     kwargs = dict(normalize_gen_kwargs(settings, GENERATED_TOKENS))
     if kwargs["do_sample"]:
         raise ConfigError(
-            f"{task} wants sampled text ({settings}); only greedy generation is supported"
+            f"{task} asks for sampled text ({settings}); only greedy generation is supported"
         )
     if unknown := set(kwargs) - GREEDY_SETTINGS:
         raise ConfigError(

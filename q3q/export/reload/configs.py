@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+INNER = "model.language_model."  # where the text part of a model that sees images has `model.`
 UNPACKER = "a plain unpacker"  # its description begins so; public loaders' do not
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from .configs import (
     AS_IT_IS,
+    INNER,
     UNPACKED,
     UNPACKER,
     groups_of,
@@ -23,8 +24,6 @@ from .unpackers import Parts, numbers_on_disk
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-
-INNER = "model.language_model."  # where the text part of a model that sees images has `model.`
 
 
 def load(folder: Path) -> tuple[Any, str]:

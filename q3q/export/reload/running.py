@@ -3,7 +3,7 @@
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from .configs import rounding_of
+from .configs import INNER, rounding_of
 from .sketches import projection
 
 if TYPE_CHECKING:
@@ -28,16 +28,21 @@ def in_float32(model: Any) -> None:
         piece.register_forward_hook(narrow)
 
 
-def round_activations(model: Any, packed: dict[str, Any]) -> None:
+def round_activations(model: Any, packed: dict[str, Any], factors: dict[str, float]) -> None:
     """Make the model round its linears' inputs, except of ignored linears.
 
     Experts, which transformers keeps in one module, also round each expert's input of down.
+
+    Args:
+        factors: that inputs' scales are stored times, by the linear's name on disk
     """
     import torch
 
+    stored = {name.replace(INNER, "model.", 1): number for name, number in factors.items()}
+
     def read_by(linear: str, x: "Tensor") -> "Tensor":
         args = rounding_of(packed, linear)
-        return x if args is None else rounded(x, args)
+        return x if args is None else rounded(x, args, stored.get(linear))
 
     def experts(
         name: str, module: Any, tokens: "Tensor", chosen: "Tensor", shares: "Tensor"
@@ -55,23 +60,28 @@ def round_activations(model: Any, packed: dict[str, Any]) -> None:
             total.index_add_(0, token, out * shares[token, rank, None])
         return total
 
-    def round_first(args: dict[str, Any], _: Any, inputs: Any) -> Any:
-        return (rounded(inputs[0], args), *inputs[1:])
+    def round_first(linear: str, _: Any, inputs: Any) -> Any:
+        return (read_by(linear, inputs[0]), *inputs[1:])
 
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear):
-            if (args := rounding_of(packed, name)) is not None:
-                module.register_forward_pre_hook(partial(round_first, args))
+            if rounding_of(packed, name) is not None:
+                module.register_forward_pre_hook(partial(round_first, name))
         elif name.endswith("mlp.experts"):
             module.forward = partial(experts, name, module)
 
 
-def rounded(x: "Tensor", args: dict[str, Any]) -> "Tensor":
+def rounded(x: "Tensor", args: dict[str, Any], factor: float | None = None) -> "Tensor":
     """Return a linear's input as its config says that it is rounded.
 
     Whole numbers: each token to [-top, top] with the scale max |x| / top, as by vLLM's int8 kernel;
     compressed-tensors' own emulation divides by top + 1/2. Floats: as that emulation does it.
+
+    Args:
+        factor: that the scales of groups are stored times
     """
+    import torch
+
     if args["type"] == "int":
         top = 2 ** (args["num_bits"] - 1) - 1
         scale = x.abs().amax(-1, keepdim=True).clamp(min=1e-5) / top
@@ -81,8 +91,9 @@ def rounded(x: "Tensor", args: dict[str, Any]) -> "Tensor":
     from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
 
     settings, tokens = QuantizationArgs.model_validate(args), x.reshape(1, -1, x.shape[-1])
-    scale, zero = compute_dynamic_scales_and_zp(tokens, settings, None)
-    return fake_quantize(tokens, scale, zero, settings).view_as(x)
+    below = None if factor is None else torch.tensor([factor])
+    scale, zero = compute_dynamic_scales_and_zp(tokens, settings, None, below)
+    return fake_quantize(tokens, scale, zero, settings, global_scale=below).view_as(x)
 
 
 def run(model: Any, ids: "Tensor", states: "Tensor") -> Parts:

@@ -13,7 +13,7 @@ from .configs import UNPACKER, read_config, roundings_of
 from .loaders import load, load_by_gptqmodel, weights_on_disk
 from .running import in_float32, logits_of, round_activations, run
 from .sketches import sketch
-from .unpackers import Parts, numbers_on_disk
+from .unpackers import Parts, input_factors, numbers_on_disk
 from .use import MESSAGE_LENGTH, generate, measured, peak_resident_bytes
 
 EXIT_SHORTAGE = 75  # the exit code if memory, disk or open files run short; a retry may succeed
@@ -30,11 +30,12 @@ def findings(
     """
     config = read_config(folder)
     packed = config.get("quantization_config") or {}
-    roundings = roundings_of(packed)
+    roundings, factors = roundings_of(packed), input_factors(folder)
     if inputs is None:
         sketches = {name: sketch(tensor) for name, tensor in numbers_on_disk(folder, config)}
         loader = f"{UNPACKER}, weight by weight"
-        return {"loader": loader, "roundings": roundings, "sketches": sketches}, {}
+        facts = {"loader": loader, "roundings": roundings, "factors": factors}
+        return facts | {"sketches": sketches}, {}
     import torch
 
     ids, idle_bytes = inputs["ids"], peak_resident_bytes()
@@ -51,7 +52,7 @@ def findings(
     tensors = {"logits": logits_of(model, ids)}
     tensors |= {f"plain/{name}": x for name, x in run(model, ids, inputs["plain"]).items()}
     if roundings and "rounded" in inputs:
-        round_activations(model, packed)
+        round_activations(model, packed, factors)
         tensors |= {f"rounded/{name}": x for name, x in run(model, ids, inputs["rounded"]).items()}
     del model
     gptqmodel_reads = packed.get("quant_method") in ("gptq", "awq")
@@ -68,8 +69,8 @@ def findings(
             loader += ", and by GPTQModel"
     if measure and public and torch.cuda.is_available():
         use += measured(lambda: generate(load(folder)[0].to("cuda"), ids, None))
-    facts = {"loader": loader, "roundings": roundings, "sketches": sketches, "use": use}
-    return facts, tensors
+    facts = {"loader": loader, "roundings": roundings, "factors": factors}
+    return facts | {"sketches": sketches, "use": use}, tensors
 
 
 def main() -> None:

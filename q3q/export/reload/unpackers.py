@@ -141,6 +141,20 @@ def groups_in(packed: dict[str, Any]) -> list[dict[str, Any]]:
 UNPACKERS = {"gptq": from_gptq, "awq": from_awq, "compressed-tensors": from_compressed_tensors}
 
 
+def input_factors(folder: Path) -> dict[str, float]:
+    """Return the factors that inputs' scales are stored times, by their linears on disk."""
+    from safetensors import safe_open
+
+    found = {}
+    for shard in sorted(folder.glob("*.safetensors")):
+        with safe_open(shard, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118  (the file is no dict)
+                linear, _, last = name.rpartition(".")
+                if last == "input_global_scale":
+                    found[linear] = float(file.get_tensor(name))
+    return found
+
+
 def numbers_on_disk(folder: Path, config: dict[str, Any]) -> Iterator[tuple[str, "Tensor"]]:
     """Yield (name, weight as numbers) one at a time; one file holds all tensors of a linear."""
     import torch

@@ -32,7 +32,7 @@ def identity_of(spec: TrialSpec, units: Sequence[Unit]) -> Json:
     assert spec.scheme is not None
     budget, scheme = spec.budget, spec.scheme.to_json()
     # An export rounds scales as its format stores them: that changes too little to measure anew.
-    for other in ("bits", "scales", "act_bits", "act_format", "act_group_size"):
+    for other in ("bits", "scales", "act_bits", "act_format", "act_group_size", "act_scales"):
         scheme.pop(other, None)
     text = ("source", "digest", "samples", "length", "draw")
     return {

@@ -125,12 +125,12 @@ def _misfit(settings: Any, name: str) -> str | None:
         return "is not a dataclass derived from MethodSettings"
     knobs = {field.name: field.default for field in fields(settings)}
     if knobs["name"] != name:
-        return f'must say name: str = "{name}", as its entry point does'
+        return f'must declare name: str = "{name}", as its entry point does'
     try:
         OmegaConf.structured(settings)
     except (OmegaConfBaseException, ValueError) as error:
         return f"has a setting of a type that a config cannot hold ({first_line(error)})"
     if settings.quantizes and ":" not in settings.implementation:
-        return 'must say implementation: ClassVar[str] = "module:Class"'
+        return 'must declare implementation: ClassVar[str] = "module:Class"'
     reserved = next((key for key in RESERVED if key in knobs), None)
     return reserved and f"has a setting named {reserved}, which q3q uses itself"

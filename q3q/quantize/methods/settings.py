@@ -110,8 +110,8 @@ class MethodSettings:
             )
         if getattr(self, "mse", False) and scheme.format in BLOCKS:
             return (
-                f"method.mse=true has no use with format={scheme.format}, whose scales are chosen "
-                "as llama.cpp chooses them: leave it out"
+                f"method.mse=true has no effect with format={scheme.format}, whose scales are "
+                "chosen as llama.cpp chooses them: leave it out"
             )
         if getattr(self, "mse", False) and (scheme.four_over_six or scheme.group_rows != 1):
             other = (

@@ -1,8 +1,11 @@
 """The picture of the answer: quality against bytes, with intervals, the recommended one marked."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
+from q3q.formatting import plural
 from q3q.report.budgets import Memory, size_of
+from q3q.report.changes import Change
 from q3q.report.families import Families
 from q3q.report.measures import is_perplexity, short
 from q3q.report.plots.axes import excess_scale, logarithmic, name_axes
@@ -10,9 +13,13 @@ from q3q.report.plots.drawing import Plot, handle, legend, mark, panel
 from q3q.report.plots.looks import REFERENCE, SOFT, Looks, points_only
 from q3q.report.plots.words import slug
 from q3q.report.pools import Pool
-from q3q.report.sizes import megabytes, said
+from q3q.report.sizes import Size, megabytes, said
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 RING = "recommended"
+MOST_WIDTHS = 6  # that are named beside their points
 
 
 def picture_of_answer(
@@ -61,12 +68,13 @@ def picture_of_answer(
                 [x], [y], marker="o", markersize=14, fillstyle="none", color=SOFT,
                 linestyle="", markeredgewidth=1.6,
             )  # fmt: skip
-            axes.annotate(
-                RING, (x, y), xytext=(0, 11), textcoords="offset points", fontsize=9, ha="center"
-            )
+            own = "" if pool.spec.budget else f", {plural(pool.bits, 'bit')}"
+            _write(axes, RING + own, (x, y), (0, 11), "center")
         description = f"{pool.name}: {megabytes(size.value)}, {found.amount}"
         mark(axes, x, y, look, pool.label, description)
         handles[pool.label] = handle(points_only(look), pool.label)
+    for bits, place in _widths(points, chosen).items():
+        _write(axes, plural(bits, "bit"), place, (9, -3), "left")
     sizes = [size.value / 1e6 for _, size, _ in points]
     sizes += [unquantized.value / 1e6] if unquantized else []
     logarithmic(axes.xaxis, sizes, axes.set_xscale)
@@ -82,3 +90,28 @@ def picture_of_answer(
     rules = [size.rule for _, size, _ in points]
     title = f"What each choice costs: {words} against size"
     return Plot(f"{slug(name)}-answer", title, said(rules), figure, name)
+
+
+def _widths(
+    points: Sequence[tuple[Pool, Size, Change]], chosen: Pool | None
+) -> dict[int, tuple[float, float]]:
+    """Return where each width is named: at its choice that costs least, unless that has a ring."""
+    lowest: dict[int, tuple[Pool, Size, Change]] = {}
+    for pool, size, found in points:
+        if pool.spec.budget is None and (
+            pool.bits not in lowest or abs(found.value) < abs(lowest[pool.bits][2].value)
+        ):
+            lowest[pool.bits] = pool, size, found
+    if len(lowest) > MOST_WIDTHS:
+        return {}
+    return {
+        bits: (size.value / 1e6, 100 * found.value)
+        for bits, (pool, size, found) in lowest.items()
+        if chosen is None or pool.bits != chosen.bits
+    }
+
+
+def _write(
+    axes: "Axes", text: str, place: tuple[float, float], offset: tuple[float, float], side: str
+) -> None:
+    axes.annotate(text, place, xytext=offset, textcoords="offset points", fontsize=9, ha=side)

@@ -64,7 +64,7 @@ def _caption(record: TrialRecord, more: int) -> str:
     note, bits = record.notes[NOTE], record.metrics.get("bits_per_weight")
     words = ["Framed: the width that the unit got."]
     if bits is not None:
-        words.append(f"All units take {significant(bits)} bits a weight, scales counted.")
+        words.append(f"All units take {significant(bits)} bits per weight, scales counted.")
     if isinstance(predicted := note.get("predicted"), float):
         words.append(f"The framed numbers add up to {significant(predicted)}.")
     return " ".join(words + ([f"{more} more trials have such grids."] if more > 0 else []))

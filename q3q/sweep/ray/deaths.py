@@ -42,7 +42,7 @@ def next_message(stream: Any, flight: InFlight) -> Message:
         kind, content, *trace = unpack(ray.get(next(stream)))
     except ray.exceptions.LocalRayletDiedError as error:
         raise HeadLostError(
-            "Ray ended on this machine; when it runs again, the same command goes on"
+            "Ray ended on this machine; when it runs again, the same command continues"
         ) from error
     except (ray.exceptions.RayError, StopIteration) as error:
         return _ended_by_ray(flight, error)

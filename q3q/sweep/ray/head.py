@@ -45,7 +45,7 @@ class Head:
         if (seconds := self._waited()) > HEAD_SECONDS:
             raise HeadLostError(
                 f"the head of the Ray cluster at {self.address} has not answered for "
-                f"{seconds:.0f} s; when there is a cluster again, the same command goes on"
+                f"{seconds:.0f} s; when there is a cluster again, the same command continues"
             )
 
     def close(self) -> None:
