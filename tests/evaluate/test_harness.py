@@ -644,86 +644,40 @@ def test_intervals_of_shares_whatever_their_name_stay_between_0_and_1():
     assert intervals["t/loss"] == pytest.approx((0.26, 1.24), abs=1e-3)
 
 
-PEOPLE, THINGS = ("Ada", "Ben", "Cleo", "Dan"), ("ball", "cup", "book", "hat")
+def official_tasks(folder, study_data, count=6):
+    """Write lm-eval's task files for `study_data`'s first rows; return the tasks' names."""
+    labels = ("1", "2", "3", "4")
 
-
-def official_tasks(folder, count=6):
-    """Write lm-eval's task files for data sets in the official schemas; return the tasks' names."""
-
-    def mmlu(i, strip=False):
-        return {
-            "question": f" {PEOPLE[i % 4]} has {i} {THINGS[i % 3]}s. Who has them?\n",
-            "choices": [f"{name} {i}" for name in PEOPLE],
-            "answer": i % 4,
-        }
-
-    def arc(i):
-        labels = ["A", "B", "C", "D"] if i % 2 else ["1", "2", "3", "4"]
-        choices = {"text": [f"the {thing}" for thing in THINGS], "label": labels}
-        return {
-            "id": str(i),
-            "question": f"What did {PEOPLE[i % 4]} find?",
-            "choices": choices,
-            "answerKey": labels[i % 4],
-        }
-
-    def piqa(i):
-        return {
-            "goal": f"To lift the {THINGS[i % 4]}",
-            "sol1": "use both hands.",
-            "sol2": "use both feet.",
-            "label": i % 2,
-        }
-
-    def hellaswag(i):
-        endings = [
-            f"{end} the {THINGS[i % 4]}."
-            for end in ("takes", "takes and drops", "eats [title] up", "sings to")
-        ]
-        return {
-            "activity_label": "Playing",
-            "ctx_a": f"{PEOPLE[i % 4]} walks in.",
-            "ctx_b": "she",
-            "endings": endings,
-            "label": str(i % 4),
-        }
-
-    def winogrande(i):
-        sentence = (
-            f"{PEOPLE[i % 4]} gave {PEOPLE[(i + 1) % 4]} the {THINGS[i % 4]} because _ was kind."
-        )
-        return {
-            "sentence": sentence,
-            "option1": PEOPLE[i % 4],
-            "option2": PEOPLE[(i + 1) % 4],
-            "answer": str(1 + i % 2),
-        }
-
-    def boolq(i):
-        return {
-            "passage": f"{PEOPLE[i % 4]} has a {THINGS[i % 4]}.",
-            "question": "does someone have it",
-            "label": i % 2,
-        }
-
-    def page(i):
-        return {
-            "page": f" = {PEOPLE[i % 4]} = \n {PEOPLE[i % 4]} has {i} @,@ 000 {THINGS[i % 4]}s . \n"
-        }
+    def arc(row):
+        """Return every other question with numbers for labels, as some of ARC's have."""
+        if len(row["question"]) % 2:
+            return row
+        choices = row["choices"] | {"label": labels}
+        return row | {"choices": choices, "answerKey": labels["ABCD".index(row["answerKey"])]}
 
     written = {
-        "mmlu": ("mmlu/default/mmlu_anatomy.yaml", mmlu, {"num_fewshot": 5}),
-        "arc": ("arc/arc_easy.yaml", arc, {}),
-        "arc_hard": ("arc/arc_challenge.yaml", arc, {"num_fewshot": 2}),
-        "piqa": ("piqa/piqa.yaml", piqa, {}),
-        "hellaswag": ("hellaswag/hellaswag.yaml", hellaswag, {}),
-        "winogrande": ("winogrande/default.yaml", winogrande, {}),
-        "boolq": ("super_glue/boolq/default.yaml", boolq, {}),
-        "wikitext": ("wikitext/wikitext.yaml", page, {}),
+        "arc": ("arc/arc_easy.yaml", "arc_easy/test", {}),
+        "arc_hard": ("arc/arc_challenge.yaml", "arc_challenge/test", {"num_fewshot": 2}),
+        "piqa": ("piqa/piqa.yaml", "piqa/validation", {}),
+        "hellaswag": ("hellaswag/hellaswag.yaml", "hellaswag/validation", {}),
+        "winogrande": ("winogrande/default.yaml", "winogrande/validation", {}),
+        "boolq": ("super_glue/boolq/default.yaml", "boolq/validation", {}),
+        "wikitext": ("wikitext/wikitext.yaml", "wikitext/test", {}),
+        "mmlu": ("mmlu/default/mmlu_anatomy.yaml", "", {"num_fewshot": 5}),
     }
-    for name, (file, make, settings) in written.items():
+    for name, (file, source, settings) in written.items():
+        if source:
+            lines = (study_data / f"{source}.jsonl").read_text(encoding="utf-8").splitlines()
+            found = [json.loads(line) for line in lines[:count]]
+        else:
+            names = ["Ada", "Ben", "Cleo", "Dan"]
+            found = [
+                {"question": f" Who has {k} cups?\n", "choices": names, "answer": k % 4}
+                for k in range(count)
+            ]
         rows = folder / f"{name}.jsonl"
-        rows.write_text("".join(json.dumps(make(i)) + "\n" for i in range(count)), encoding="utf-8")
+        made = [arc(row) if name.startswith("arc") else row for row in found]
+        rows.write_text("".join(json.dumps(row) + "\n" for row in made), encoding="utf-8")
         splits = {split: str(rows) for split in ("train", "dev", "validation", "test")}
         task = {
             "include": str(OFFICIAL / file),
@@ -738,9 +692,9 @@ def official_tasks(folder, count=6):
     return [f"local_{name}" for name in written]
 
 
-def test_official_tasks_score_as_with_hflm(both, tmp_path):
+def test_official_tasks_score_as_with_hflm(both, study_data, tmp_path):
     ours, hflm = both
-    tasks = official_tasks(tmp_path)
+    tasks = official_tasks(tmp_path, study_data)
     found = run_tasks(
         ours.model,
         ours.tokenizer,
@@ -812,9 +766,11 @@ def test_official_tasks_score_as_with_hflm(both, tmp_path):
     assert (tmp_path / "j" / "scores.jsonl.damaged").is_file()
 
 
-def test_a_perplexity_too_large_for_a_number_is_infinite_and_no_error(both, tmp_path, monkeypatch):
+def test_a_perplexity_too_large_for_a_number_is_infinite_and_no_error(
+    both, study_data, tmp_path, monkeypatch
+):
     ours, _ = both
-    official_tasks(tmp_path, count=2)
+    official_tasks(tmp_path, study_data, count=2)
 
     def scored(nats):
         """Every text has this many nats a word of its original."""
@@ -841,9 +797,9 @@ def test_a_perplexity_too_large_for_a_number_is_infinite_and_no_error(both, tmp_
     assert 1000 < wrecked["bits_per_byte"] < math.inf
 
 
-def test_tasks_without_documents_and_documents_without_samples_fail(both, tmp_path):
+def test_tasks_without_documents_and_documents_without_samples_fail(both, study_data, tmp_path):
     ours, _ = both
-    official_tasks(tmp_path, count=6)
+    official_tasks(tmp_path, study_data)
     task = json.loads((tmp_path / "piqa.yaml").read_text())
     task["process_docs"] = "!function nothing.left"
     (tmp_path / "nothing.py").write_text("def left(dataset):\n    return dataset.select([])\n")
