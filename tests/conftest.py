@@ -146,13 +146,14 @@ def front_door(monkeypatch, capsys):
 
     def run(*words):
         monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # as launch.py sets it for good
+        monkeypatch.setenv("HYDRA_MAIN_MODULE", "__main__")  # so conf/ is looked for beside it
         monkeypatch.setattr(sys, "argv", ["launch.py", *map(str, words)])
         import launch
         from q3q.cli import explain
         from q3q.config.schema import register
 
         register()
-        code: str | int = 0
+        code: object = 0
         try:
             launch.command(sys.argv[1:])
         except SystemExit as end:

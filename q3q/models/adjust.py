@@ -81,7 +81,7 @@ class RoundedInputs:
 
     def __call__(self, k: int, block: Block) -> None:
         usual = self.rounding
-        own = {
+        own: dict[str, InputRounding | None] = {
             site.name: self.otherwise[full]
             for site in block.sites
             for name in site.weights
@@ -95,7 +95,8 @@ class RoundedInputs:
         }
         sites = {site.name for site in block.sites if skipped.issuperset(site.weights)}
         if usual is not None and usual.scales == "factor":  # each site has a number of its own
-            own = {site.name: usual for site in block.sites if site.name not in sites} | own
+            factored = {site.name: usual for site in block.sites if site.name not in sites}
+            own = {**factored, **own}
             usual = None
         block.rounding = usual
         block.own_rounding = {

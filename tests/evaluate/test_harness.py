@@ -1,14 +1,8 @@
 """Our language model behind lm-eval's interface answers what lm-eval's own HFLM answers."""
 
-import csv
 import json
 import math
-import os
 import re
-import signal
-import subprocess
-import sys
-import time
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -650,86 +644,40 @@ def test_intervals_of_shares_whatever_their_name_stay_between_0_and_1():
     assert intervals["t/loss"] == pytest.approx((0.26, 1.24), abs=1e-3)
 
 
-PEOPLE, THINGS = ("Ada", "Ben", "Cleo", "Dan"), ("ball", "cup", "book", "hat")
+def official_tasks(folder, study_data, count=6):
+    """Write lm-eval's task files for `study_data`'s first rows; return the tasks' names."""
+    labels = ("1", "2", "3", "4")
 
-
-def official_tasks(folder, count=6):
-    """Write lm-eval's task files for data sets in the official schemas; return the tasks' names."""
-
-    def mmlu(i, strip=False):
-        return {
-            "question": f" {PEOPLE[i % 4]} has {i} {THINGS[i % 3]}s. Who has them?\n",
-            "choices": [f"{name} {i}" for name in PEOPLE],
-            "answer": i % 4,
-        }
-
-    def arc(i):
-        labels = ["A", "B", "C", "D"] if i % 2 else ["1", "2", "3", "4"]
-        choices = {"text": [f"the {thing}" for thing in THINGS], "label": labels}
-        return {
-            "id": str(i),
-            "question": f"What did {PEOPLE[i % 4]} find?",
-            "choices": choices,
-            "answerKey": labels[i % 4],
-        }
-
-    def piqa(i):
-        return {
-            "goal": f"To lift the {THINGS[i % 4]}",
-            "sol1": "use both hands.",
-            "sol2": "use both feet.",
-            "label": i % 2,
-        }
-
-    def hellaswag(i):
-        endings = [
-            f"{end} the {THINGS[i % 4]}."
-            for end in ("takes", "takes and drops", "eats [title] up", "sings to")
-        ]
-        return {
-            "activity_label": "Playing",
-            "ctx_a": f"{PEOPLE[i % 4]} walks in.",
-            "ctx_b": "she",
-            "endings": endings,
-            "label": str(i % 4),
-        }
-
-    def winogrande(i):
-        sentence = (
-            f"{PEOPLE[i % 4]} gave {PEOPLE[(i + 1) % 4]} the {THINGS[i % 4]} because _ was kind."
-        )
-        return {
-            "sentence": sentence,
-            "option1": PEOPLE[i % 4],
-            "option2": PEOPLE[(i + 1) % 4],
-            "answer": str(1 + i % 2),
-        }
-
-    def boolq(i):
-        return {
-            "passage": f"{PEOPLE[i % 4]} has a {THINGS[i % 4]}.",
-            "question": "does someone have it",
-            "label": i % 2,
-        }
-
-    def page(i):
-        return {
-            "page": f" = {PEOPLE[i % 4]} = \n {PEOPLE[i % 4]} has {i} @,@ 000 {THINGS[i % 4]}s . \n"
-        }
+    def arc(row):
+        """Return every other question with numbers for labels, as some of ARC's have."""
+        if len(row["question"]) % 2:
+            return row
+        choices = row["choices"] | {"label": labels}
+        return row | {"choices": choices, "answerKey": labels["ABCD".index(row["answerKey"])]}
 
     written = {
-        "mmlu": ("mmlu/default/mmlu_anatomy.yaml", mmlu, {"num_fewshot": 5}),
-        "arc": ("arc/arc_easy.yaml", arc, {}),
-        "arc_hard": ("arc/arc_challenge.yaml", arc, {"num_fewshot": 2}),
-        "piqa": ("piqa/piqa.yaml", piqa, {}),
-        "hellaswag": ("hellaswag/hellaswag.yaml", hellaswag, {}),
-        "winogrande": ("winogrande/default.yaml", winogrande, {}),
-        "boolq": ("super_glue/boolq/default.yaml", boolq, {}),
-        "wikitext": ("wikitext/wikitext.yaml", page, {}),
+        "arc": ("arc/arc_easy.yaml", "arc_easy/test", {}),
+        "arc_hard": ("arc/arc_challenge.yaml", "arc_challenge/test", {"num_fewshot": 2}),
+        "piqa": ("piqa/piqa.yaml", "piqa/validation", {}),
+        "hellaswag": ("hellaswag/hellaswag.yaml", "hellaswag/validation", {}),
+        "winogrande": ("winogrande/default.yaml", "winogrande/validation", {}),
+        "boolq": ("super_glue/boolq/default.yaml", "boolq/validation", {}),
+        "wikitext": ("wikitext/wikitext.yaml", "wikitext/test", {}),
+        "mmlu": ("mmlu/default/mmlu_anatomy.yaml", "", {"num_fewshot": 5}),
     }
-    for name, (file, make, settings) in written.items():
+    for name, (file, source, settings) in written.items():
+        if source:
+            lines = (study_data / f"{source}.jsonl").read_text(encoding="utf-8").splitlines()
+            found = [json.loads(line) for line in lines[:count]]
+        else:
+            names = ["Ada", "Ben", "Cleo", "Dan"]
+            found = [
+                {"question": f" Who has {k} cups?\n", "choices": names, "answer": k % 4}
+                for k in range(count)
+            ]
         rows = folder / f"{name}.jsonl"
-        rows.write_text("".join(json.dumps(make(i)) + "\n" for i in range(count)), encoding="utf-8")
+        made = [arc(row) if name.startswith("arc") else row for row in found]
+        rows.write_text("".join(json.dumps(row) + "\n" for row in made), encoding="utf-8")
         splits = {split: str(rows) for split in ("train", "dev", "validation", "test")}
         task = {
             "include": str(OFFICIAL / file),
@@ -744,9 +692,9 @@ def official_tasks(folder, count=6):
     return [f"local_{name}" for name in written]
 
 
-def test_official_tasks_score_as_with_hflm(both, tmp_path):
+def test_official_tasks_score_as_with_hflm(both, study_data, tmp_path):
     ours, hflm = both
-    tasks = official_tasks(tmp_path)
+    tasks = official_tasks(tmp_path, study_data)
     found = run_tasks(
         ours.model,
         ours.tokenizer,
@@ -818,9 +766,11 @@ def test_official_tasks_score_as_with_hflm(both, tmp_path):
     assert (tmp_path / "j" / "scores.jsonl.damaged").is_file()
 
 
-def test_a_perplexity_too_large_for_a_number_is_infinite_and_no_error(both, tmp_path, monkeypatch):
+def test_a_perplexity_too_large_for_a_number_is_infinite_and_no_error(
+    both, study_data, tmp_path, monkeypatch
+):
     ours, _ = both
-    official_tasks(tmp_path, count=2)
+    official_tasks(tmp_path, study_data, count=2)
 
     def scored(nats):
         """Every text has this many nats a word of its original."""
@@ -847,9 +797,9 @@ def test_a_perplexity_too_large_for_a_number_is_infinite_and_no_error(both, tmp_
     assert 1000 < wrecked["bits_per_byte"] < math.inf
 
 
-def test_tasks_without_documents_and_documents_without_samples_fail(both, tmp_path):
+def test_tasks_without_documents_and_documents_without_samples_fail(both, study_data, tmp_path):
     ours, _ = both
-    official_tasks(tmp_path, count=6)
+    official_tasks(tmp_path, study_data)
     task = json.loads((tmp_path / "piqa.yaml").read_text())
     task["process_docs"] = "!function nothing.left"
     (tmp_path / "nothing.py").write_text("def left(dataset):\n    return dataset.select([])\n")
@@ -881,145 +831,6 @@ def test_tasks_without_documents_and_documents_without_samples_fail(both, tmp_pa
         check_samples(
             {"t": [*rows, *second]}, {"t": range(3)}
         )  # all documents have a sample, not of each filter
-
-
-REAL = Path(os.environ.get("Q3Q_TEST_DATA", Path(__file__).parents[3] / "shared" / "data"))
-
-
-def real_tasks(folder, count=2):
-    """Write lm-eval's MMLU and ARC-Easy with real questions; return the tasks' names."""
-
-    def rows(path, few):
-        with path.open(encoding="utf-8", newline="") as file:
-            return [row for _, row in zip(range(few), csv.reader(file), strict=False)]
-
-    def mmlu(row):
-        return {"question": row[0], "choices": row[1:5], "answer": "ABCD".index(row[5])}
-
-    def arc(row):
-        choices = {"text": row[1:5], "label": list("ABCD")}
-        return {"id": row[0][:20], "question": row[0], "choices": choices, "answerKey": row[5]}
-
-    splits = {"arc_easy": {"test": [arc(row) for row in rows(REAL / "arc" / "arc_easy.csv", 6)]}}
-    files = {"arc_easy": "arc/arc_easy.yaml"}
-    for subject in ("global_facts", "abstract_algebra"):
-        files[f"mmlu_{subject}"] = f"mmlu/default/mmlu_{subject}.yaml"
-        splits[f"mmlu_{subject}"] = {
-            split: [
-                mmlu(row) for row in rows(REAL / "mmlu" / split / f"{subject}_{split}.csv", few)
-            ]
-            for split, few in (("dev", 5), ("test", count))
-        }
-    for name, file in files.items():
-        paths = {}
-        for split, content in splits[name].items():
-            paths[split] = str(folder / f"{name}_{split}.jsonl")
-            Path(paths[split]).write_text(
-                "".join(json.dumps(row) + "\n" for row in content), encoding="utf-8"
-            )
-        task = {
-            "include": str(OFFICIAL / file),
-            "task": f"real_{name}",
-            "tag": "real",
-            "dataset_path": "json",
-            "dataset_name": None,
-            "dataset_kwargs": {"data_files": paths, "cache_dir": str(folder / "cache")},
-            **(
-                {"num_fewshot": 5}
-                if name.startswith("mmlu")
-                else {"training_split": None, "validation_split": None}
-            ),
-        }
-        (folder / f"{name}.yaml").write_text(json.dumps(task), encoding="utf-8")
-    return [f"real_{name}" for name in files]
-
-
-@pytest.mark.skipif(
-    not (REAL / "mmlu").is_dir() or not (REAL / "arc").is_dir(),
-    reason=f"no real questions: Q3Q_TEST_DATA ({REAL}) has no mmlu/ and arc/",
-)
-def test_real_questions_score_as_with_hflm(both, tmp_path):
-    ours, small = both
-    window = ours.model.facts.max_positions
-    hflm = HFLM(
-        pretrained=small.model,
-        tokenizer=small.tokenizer,
-        batch_size=2,
-        max_length=window,
-        logits_cache=False,
-    )
-    tasks = real_tasks(tmp_path)
-    found = run_tasks(ours.model, ours.tokenizer, tasks, limit=None, seed=0, include_path=tmp_path)
-    theirs = simple_evaluate(
-        model=hflm,
-        tasks=tasks,
-        task_manager=TaskManager(include_path=str(tmp_path), include_defaults=False),
-        bootstrap_iters=0,
-        fewshot_random_seed=0,
-    )
-    for task in tasks:
-        assert found.metrics[f"{task}/acc"] == theirs["results"][task]["acc,none"]
-        for row, sample in zip(found.samples[task], theirs["samples"][task], strict=True):
-            assert row["prompt_hash"] == sample["prompt_hash"]
-            assert row["scores"]["acc"] == sample["acc"]
-            agree(zip(row["log_likelihood"], row["greedy"], strict=True), sample["filtered_resps"])
-    assert found.effort.computed == found.effort.unique < 0.4 * found.effort.asked
-
-
-CHILD = """
-import sys, time
-import torch
-from pathlib import Path
-from q3q.config.model import DEMO_MODELS
-from q3q.evaluate.harness.run import Asked, run_tasks
-from q3q.models.checkpoint import Checkpoint, load_tokenizer
-from q3q.models.decoder import load_decoder
-folder = DEMO_MODELS / "dense"
-model = load_decoder(Checkpoint(folder), torch.float32)
-def slowly(done, total):
-    print(done, total, flush=True)
-    time.sleep(0.5 if done else 0)
-asked = Asked(tasks=["stories_where"], limit=60, seed=0)
-run_tasks(model, load_tokenizer(folder), asked,
-          journal=Path(sys.argv[1]), identity="demo", steps=slowly)
-"""
-
-
-def test_a_killed_evaluation_goes_on_where_it_was(both, tmp_path):
-    ours, _ = both
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    child = subprocess.Popen(
-        [sys.executable, "-c", CHILD, str(tmp_path)],
-        stdout=subprocess.PIPE,
-        text=True,
-        env=environment,
-    )
-    assert child.stdout is not None
-    for line in child.stdout:
-        done, total = map(int, line.split())
-        if done:
-            break
-    time.sleep(0.05)
-    child.send_signal(signal.SIGKILL)
-    child.wait()
-    child.stdout.close()
-    assert 0 < done < total
-    told = []
-    resumed = run_tasks(
-        ours.model,
-        ours.tokenizer,
-        ["stories_where"],
-        limit=60,
-        seed=0,
-        journal=tmp_path,
-        identity="demo",
-        steps=lambda done, total: told.append((done, total)),
-    )
-    assert told[0][0] >= done  # what was scored is not scored again
-    assert told[-1] == (total, total)
-    whole = run_tasks(ours.model, ours.tokenizer, ["stories_where"], limit=60, seed=0)
-    assert resumed.metrics == whole.metrics
-    assert resumed.effort.computed < whole.effort.computed
 
 
 def test_a_flipped_bit_in_a_journal_is_no_other_score(tmp_path):

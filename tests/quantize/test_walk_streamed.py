@@ -316,7 +316,9 @@ def test_variants_are_tried_on_a_streamed_model_too(random_checkpoint, windows):
             variants,
             replace(SCHEME, bits=8, group_size=-1),
             windows[:2],
-            lambda copy: copy.adjust(lambda k, block: setattr(block, "rounding", InputRounding(8))),
+            lambda copy, peaks: copy.adjust(
+                lambda k, block: setattr(block, "rounding", InputRounding(8))
+            ),
         )
         for model in (
             load_decoder(Checkpoint(folder), torch.float32),
