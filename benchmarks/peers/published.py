@@ -8,6 +8,7 @@ the original's folder, where to write, the settings, and a file with the token i
 
 import json
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -174,7 +175,8 @@ def fp8(model: str, output: Path, settings: dict[str, Any], windows: Tensor) -> 
     tensors: dict[str, Tensor] = {}
     for name, tensor in original.state_dict().items():
         inner = name.endswith("_proj.weight") and name.removesuffix(".weight") not in apart
-        tensors |= convert.convert({name: tensor}) if inner else {name: tensor}
+        as_read: dict[str, Any] = {name: tensor}
+        tensors |= convert.convert(as_read) if inner else as_read
     tied = original.config.tie_word_embeddings
     output.mkdir()
     save_file(
@@ -224,7 +226,8 @@ def modelopt(model: str, output: Path, settings: dict[str, Any], windows: Tensor
     stored, modules = _tensors(output), dict(plain.named_modules())
     for name in [key.removesuffix(".input_scale") for key in stored if key.endswith("put_scale")]:
         codes, scale = stored[f"{name}.weight"], stored[f"{name}.weight_scale"]
-        weight, rounding = modules[name].weight, _rounded_by
+        weight = modules[name].weight
+        rounding: Callable[..., tuple[Tensor, ...]] = _rounded_by
         if (factor := stored.get(f"{name}.weight_scale_2")) is None:
             numbers = codes.float() * scale
         else:

@@ -22,7 +22,7 @@ SPINS = "1000"  # where the system does not tell how long threads wait for cores
 EVERY_SECONDS = 0.25
 # Parts of the time, summed over threads. With two threads and a neighbor on two cores it is 0.6; on
 # a quiet machine, 0.01.
-BUSY, QUIET = 0.05, 0.02
+BUSY, QUIET = 0.2, 0.05
 CALM_ROUNDS = 8  # after which a machine is quiet again
 
 
