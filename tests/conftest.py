@@ -137,35 +137,6 @@ def undrawn(monkeypatch):
     )
 
 
-@pytest.fixture
-def front_door(monkeypatch, capsys):
-    """Return run(*words): `python launch.py *words` in this process, its exit code and words.
-
-    All but what ends a process: tests/chaos/test_terminal.py and tests/test_cli.py have those.
-    """
-
-    def run(*words):
-        monkeypatch.setenv("HYDRA_FULL_ERROR", "1")  # as launch.py sets it for good
-        monkeypatch.setenv("HYDRA_MAIN_MODULE", "__main__")  # so conf/ is looked for beside it
-        monkeypatch.setattr(sys, "argv", ["launch.py", *map(str, words)])
-        import launch
-        from q3q.cli import explain
-        from q3q.config.schema import register
-
-        register()
-        code: object = 0
-        try:
-            launch.command(sys.argv[1:])
-        except SystemExit as end:
-            code = end.code or 0
-        except Exception as error:
-            code = explain(error)
-        said = capsys.readouterr()
-        return code, said.out + said.err
-
-    return run
-
-
 @pytest.fixture(scope="session")
 def study_data(tmp_path_factory):
     """A folder for data.path: the study's data sets in their official schema.
