@@ -175,7 +175,7 @@ def fp8(model: str, output: Path, settings: dict[str, Any], windows: Tensor) -> 
     tensors: dict[str, Tensor] = {}
     for name, tensor in original.state_dict().items():
         inner = name.endswith("_proj.weight") and name.removesuffix(".weight") not in apart
-        as_read: dict[str, Any] = {name: tensor}
+        as_read: Any = {name: tensor}
         tensors |= convert.convert(as_read) if inner else as_read
     tied = original.config.tie_word_embeddings
     output.mkdir()
