@@ -301,8 +301,8 @@ def _linears():
 def test_ends_that_are_not_their_codes_fail_the_trial(tiny_trial_of, monkeypatch, tampering, named):
     from q3q import trial as trial_module
 
-    def tamper(model, spec):
-        set_activations(model, spec)
+    def tamper(model, spec, peaks):
+        set_activations(model, spec, peaks)
         tampering(model)
 
     monkeypatch.setattr(trial_module, "set_activations", tamper)
@@ -359,8 +359,8 @@ def test_weights_that_are_not_the_codes_fail_the_trial(tiny_trial_of, monkeypatc
     """Something between quantizing and evaluating changed the model: the numbers must not count."""
     from q3q import trial as trial_module
 
-    def tamper(model, spec):
-        set_activations(model, spec)
+    def tamper(model, spec, peaks):
+        set_activations(model, spec, peaks)
         model.blocks[2].weights["mlp.up_proj.weight"] = (
             model.blocks[2].weights["mlp.up_proj.weight"] * 1.01
         )

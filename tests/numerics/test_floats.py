@@ -258,7 +258,7 @@ def test_a_weight_is_whole_after_rows_experts_and_its_tensors(name):
     assert not stored.too_fine()
     assert stored.unsound(weight) is None
     wrong = FloatWeight(torch.full_like(stored.codes_EOI, 255), *list(vars(stored).values())[1:])
-    assert "no number" in (wrong.unsound(weight) or "")
+    assert "not a number" in (wrong.unsound(weight) or "")
 
 
 def test_numbers_that_are_not_finite_are_no_codes():
