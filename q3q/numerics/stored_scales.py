@@ -48,9 +48,11 @@ def floats_below_factor(
 def input_factor(peak: float, form: str, dtype: torch.dtype) -> float:
     """Return the factor of an input's scales from the largest number that calibration showed.
 
-    Computed in the model's dtype, as llm-compressor does; 1 for an input of zeros.
+    Computed in the model's dtype, as llm-compressor does, but in float32 for float16, in which the
+    factor of small inputs is infinite. It is 1 for an input of zeros.
     """
-    return float(global_factor(torch.tensor(peak, dtype=dtype), FLOATS[form]))
+    wide = torch.float32 if dtype == torch.float16 else dtype
+    return float(global_factor(torch.tensor(peak, dtype=wide), FLOATS[form]))
 
 
 def ints_but_outliers(inputs_xI: Tensor, bits: int) -> Tensor:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from q3q.errors import NumericsError
+from q3q.errors import IntegrityError, NumericsError
 from q3q.models.anatomy import Site, SiteInput
 from q3q.models.block import Block, Rope
 from q3q.quantize.activations import Activations
@@ -59,6 +59,7 @@ class SitePeaks:
 
         Raises:
             NumericsError: an input was not finite.
+            IntegrityError: no calibration token reached a site.
         """
         found = {
             site.name: peak.peak_EI.max() for site, peak in self._of.items() if len(peak.tokens_E)
@@ -73,6 +74,11 @@ class SitePeaks:
                         f"blocks.{index}.{site}: calibration activations are not finite"
                     )
                 peaks[site] = max(peak, peaks.get(site, 0.0))
+        if unread := sorted({site.name for site in self._of} - peaks.keys()):
+            raise IntegrityError(
+                f"blocks.{index}.{unread[0]}: the block was quantized without calibration tokens, "
+                "which the factor of its input needs; give the same command again"
+            )
         return peaks
 
 

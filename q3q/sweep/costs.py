@@ -172,11 +172,15 @@ class CostModel:
         }
 
     def _quantizing(self, spec: TrialSpec, facts: ModelFacts) -> float:
-        work, calibration = settings_or_default(spec.method).work(), spec.calibration
+        settings, calibration = settings_or_default(spec.method), spec.calibration
+        work = settings.work()
         rounding = work.weight_operations * float(facts.linear_parameters)
         if calibration is None:
             return rounding
-        operations = work.passes * forward(facts, calibration.tokens, calibration.length)
+        passes = work.passes
+        if spec.schemes and spec.schemes.calibrates_inputs and not settings.sequential:
+            passes += settings.observes()  # another pass looks for the inputs' factors
+        operations = passes * forward(facts, calibration.tokens, calibration.length)
         if work.solves:
             operations += _solving(facts)[0] * calibration.tokens + self._solves(spec, facts)
         few = forward(facts, work.variant_windows * calibration.length, calibration.length)

@@ -3,6 +3,7 @@
 from q3q.bit_budget import KL
 from q3q.models.facts import ModelFacts
 from q3q.quantize.budget.units import units_of
+from q3q.quantize.methods.registry import settings_or_default
 from q3q.spec import TrialSpec
 
 
@@ -27,7 +28,7 @@ def head_passes(spec: TrialSpec, facts: ModelFacts) -> int:
 
 def calibration_passes(spec: TrialSpec, facts: ModelFacts) -> int:
     """Return how many times the calibration windows run through a block: once for each solve."""
-    if spec.budget is None or spec.calibration is None:
+    if spec.budget is None or not settings_or_default(spec.method).observes():
         return 0
     sites = {(unit.block, unit.sites) for unit in units_of(spec, facts)}
     return facts.layers + len(spec.budget.widths) * len(sites)

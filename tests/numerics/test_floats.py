@@ -276,3 +276,8 @@ def test_the_factor_of_an_input_is_what_llm_compressor_stores_of_its_largest_num
     largest = torch.tensor([peak], dtype=dtype)
     stored = generate_gparam(-largest, largest)
     assert input_factor(float(largest), "nvfp4", dtype) == float(stored)
+
+
+def test_small_inputs_of_a_float16_model_have_a_factor_too():
+    """In float16, 2688 over less than 0.041 is infinite, for which compressed-tensors stores 1."""
+    assert input_factor(0.003, "nvfp4", torch.float16) == pytest.approx(2688 / 0.003, rel=1e-6)

@@ -116,3 +116,9 @@ def test_an_expert_without_tokens_has_its_siblings_factor_and_infinity_is_refuse
     moe_decoder.embedding_VH = torch.full_like(moe_decoder.embedding_VH, math.inf)
     with pytest.raises(NumericsError, match=r"blocks\.0\.qkv: calibration activations are not"):
         quantize_model(moe_decoder, METHODS["rtn"](), NVFP4, windows, Nowhere())
+
+
+@torch.inference_mode()
+def test_a_block_made_anew_without_windows_is_not_stored_without_factors(decoder):
+    with pytest.raises(IntegrityError, match=r"blocks.0.*without calibration tokens"):
+        quantize_model(decoder, METHODS["rtn"](), NVFP4, None, Nowhere())

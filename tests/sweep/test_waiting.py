@@ -9,6 +9,7 @@ from q3q.sweep.ray import waiting
 from q3q.sweep.ray.waiting import (
     BUSY,
     CALM_ROUNDS,
+    MOST_IDLE,
     QUIET,
     SETTINGS,
     SPINS,
@@ -16,6 +17,7 @@ from q3q.sweep.ray.waiting import (
     IdleThreads,
     core_waits,
     loaded_libraries,
+    may_start,
     wait_as_cores_allow,
 )
 from tests.chaos.faults import wait_until
@@ -38,6 +40,27 @@ def test_what_each_thread_waited_is_read_and_what_cannot_be_read_is_left_out(tmp
             (folder / "schedstat").write_text(text)
     assert core_waits(tmp_path) == {"11": 700, "12": 40}
     assert core_waits(tmp_path / "elsewhere") == {}
+
+
+def test_threads_are_started_only_where_no_limit_is_near(tmp_path, monkeypatch):
+    """libgomp ends the process if it cannot start one."""
+    unlimited = waiting.resource.RLIM_INFINITY
+    monkeypatch.setattr(waiting.resource, "getrlimit", lambda _: (unlimited, unlimited))
+    group = tmp_path / "groups/box/job"
+    group.mkdir(parents=True)
+    (tmp_path / "self").mkdir()
+    (tmp_path / "self/cgroup").write_text("1:cpu:/elsewhere\n0::/box/job\n")
+    places = tmp_path, tmp_path / "groups"
+    assert may_start(3, *places)
+    assert not may_start(MOST_IDLE + 1, *places)
+    (group / "pids.max").write_text("max\n")
+    assert may_start(3, *places)
+    for most, expected in ((500, False), (90_000, True)):
+        (group.parent / "pids.max").write_text(f"{most}\n")
+        (group.parent / "pids.current").write_text("40\n")
+        assert may_start(3, *places) is expected
+    monkeypatch.setattr(waiting.resource, "getrlimit", lambda _: (4096, unlimited))
+    assert not may_start(3, *places)
 
 
 @pytest.mark.skipif(not torch.backends.openmp.is_available(), reason="torch without OpenMP")

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from q3q.placement import Trial
 from q3q.quantize.budget.units import Unit
+from q3q.quantize.methods.registry import settings_or_default
 from q3q.spec import Json, TrialSpec, digest, without_bits
 from q3q.storage.aside import clear_for_folder, put_aside
 from q3q.storage.claim import Claim, Holder, claimed
@@ -35,13 +36,14 @@ def identity_of(spec: TrialSpec, units: Sequence[Unit]) -> Json:
     for other in ("bits", "scales", "act_bits", "act_format", "act_group_size", "act_scales"):
         scheme.pop(other, None)
     text = ("source", "digest", "samples", "length", "draw")
+    observes = settings_or_default(spec.method).observes()  # if not, a text is for factors alone
     return {
         "version": budget.version,
         "model": spec.model.identity,
         "method": spec.method.to_json(),
         "scheme": scheme,
         "overrides": without_bits(spec.overrides),
-        "calibration": spec.calibration and spec.calibration.to_json(),
+        "calibration": spec.calibration.to_json() if spec.calibration and observes else None,
         "seed": spec.seed,
         "measure": budget.measure,
         "text": {key: getattr(budget, key) for key in text},

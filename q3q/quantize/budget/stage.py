@@ -35,9 +35,11 @@ from q3q.quantize.budget.units import (
 )
 from q3q.quantize.ledger import Ledger, bits_beside
 from q3q.quantize.methods.build import build_method
+from q3q.quantize.methods.registry import settings_or_default
 from q3q.quoting import override
 from q3q.record import forget_progress
 from q3q.reporter import Reporter
+from q3q.scheme import DYNAMIC
 from q3q.spec import Json, TrialSpec
 from q3q.storage.claim import ClaimLostError, Holder
 
@@ -181,9 +183,17 @@ def _measurement(
     other = replace(trial, spec=drawing(spec)[-1])
     text_NT = calibration_windows(other, tokenizer, partial(steps, 0, 1))
     assert text_NT is not None
-    calibration_NT = calibration_windows(trial, tokenizer, partial(steps, 0, 1))
+    calibration_NT = None
+    if settings_or_default(spec.method).observes():
+        calibration_NT = calibration_windows(trial, tokenizer, partial(steps, 0, 1))
     set_route(model, spec)
-    schemes = replace(spec.schemes, base=replace(spec.schemes.base, scales=None))
+    # Activations stay in 16 bits here, so their factors are not looked for.
+    base = replace(spec.schemes.base, scales=None, act_scales=DYNAMIC)
+    overrides = {
+        linear: {key: value for key, value in changes.items() if key != "act_scales"}
+        for linear, changes in spec.schemes.overrides.items()
+    }
+    schemes = replace(spec.schemes, base=base, overrides=overrides)
     return Measurement(
         model=model,
         method=build_method(spec),

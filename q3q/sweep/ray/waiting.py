@@ -8,17 +8,23 @@ trial takes up to ten times as long (benchmarks/busy.py).
 libgomp looks only 100 times while a process has more OpenMP threads than there are cores. So a
 `_Watch` measures how long this process's threads wait for cores, and while they do, it has idle
 threads beside them. As many threads as before compute, so no bit of a result depends on it.
+libgomp ends the process if it cannot start a thread, so this is done only where few are needed and
+nothing limits their number (`may_start`); elsewhere threads always look 1,000 times.
 """
 
 import ctypes
 import os
+import resource
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 PROC = Path("/proc")
 SETTINGS = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")  # by which a user decides it
-SPINS = "1000"  # where the system does not tell how long threads wait for cores
+SPINS = "1000"  # where threads' waits are not told, or idle threads are not safe
+MOST_IDLE = 32
+AMPLE = 10_000  # processes and threads that a user or container may have left
 EVERY_SECONDS = 0.25
 # Parts of the time, summed over threads. With two threads and a neighbor on two cores it is 0.6; on
 # a quiet machine, 0.01.
@@ -37,13 +43,52 @@ def wait_as_cores_allow(threads: int) -> None:
     global _watch
     if any(os.environ.get(name) for name in SETTINGS) or threads < 2:
         return
-    if not any(core_waits().values()):  # a kernel that does not count says 0
+    # A kernel that does not count says 0.
+    if not any(core_waits().values()) or not may_start(idle_beside(threads)):
         os.environ[SETTINGS[0]] = SPINS
     elif _watch is None or not _watch.is_alive():  # not after a fork
         _watch = _Watch(threads)
         _watch.start()
     else:
         _watch.threads = threads
+
+
+def idle_beside(threads: int) -> int:
+    """Return how many idle threads make more threads than cores."""
+    return max(1, len(os.sched_getaffinity(0)) - threads + 1)
+
+
+def may_start(count: int, proc: Path = PROC, groups: Path = Path("/sys/fs/cgroup")) -> bool:
+    """Return whether so many threads can be started without fear of a limit."""
+    memory, _ = resource.getrlimit(resource.RLIMIT_AS)
+    processes, _ = resource.getrlimit(resource.RLIMIT_NPROC)
+    if count > MOST_IDLE or memory != resource.RLIM_INFINITY:
+        return False
+    if processes != resource.RLIM_INFINITY and processes < AMPLE:
+        return False
+    return all(left >= AMPLE for left in _left_in_groups(proc, groups))
+
+
+def _left_in_groups(proc: Path, groups: Path) -> Iterator[int]:
+    """Yield how many threads each control group above this process may still start."""
+    try:
+        lines = (proc / "self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return
+    for _, controllers, path in (line.split(":", 2) for line in lines):
+        if controllers and "pids" not in controllers.split(","):
+            continue
+        root = groups / controllers
+        folder = root / path.lstrip("/")
+        for group in (folder, *folder.parents):
+            if not group.is_relative_to(root):
+                break
+            try:
+                most = (group / "pids.max").read_text(encoding="ascii").strip()
+                if most != "max":
+                    yield int(most) - int((group / "pids.current").read_text(encoding="ascii"))
+            except (OSError, ValueError):  # no limit here
+                continue
 
 
 def core_waits(proc: Path = PROC) -> dict[str, int]:
@@ -132,7 +177,7 @@ class _Watch(threading.Thread):
             busy = gauge.note(waited / 1e9 / (now - since))
             before, since = waits, now
             if busy and not idle:
-                more = max(1, len(os.sched_getaffinity(0)) - self.threads + 1)
+                more = idle_beside(self.threads)
                 idle = [IdleThreads(library, more) for library in loaded_libraries()]
             elif idle and not busy:
                 for threads in idle:
