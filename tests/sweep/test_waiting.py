@@ -1,6 +1,7 @@
 """OpenMP's threads wait briefly while others take their cores; the user's settings stay."""
 
 import os
+import resource
 
 import pytest
 import torch
@@ -44,8 +45,8 @@ def test_what_each_thread_waited_is_read_and_what_cannot_be_read_is_left_out(tmp
 
 def test_threads_are_started_only_where_no_limit_is_near(tmp_path, monkeypatch):
     """libgomp ends the process if it cannot start one."""
-    unlimited = waiting.resource.RLIM_INFINITY
-    monkeypatch.setattr(waiting.resource, "getrlimit", lambda _: (unlimited, unlimited))
+    unlimited = resource.RLIM_INFINITY
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (unlimited, unlimited))
     group = tmp_path / "groups/box/job"
     group.mkdir(parents=True)
     (tmp_path / "self").mkdir()
@@ -59,7 +60,7 @@ def test_threads_are_started_only_where_no_limit_is_near(tmp_path, monkeypatch):
         (group.parent / "pids.max").write_text(f"{most}\n")
         (group.parent / "pids.current").write_text("40\n")
         assert may_start(3, *places) is expected
-    monkeypatch.setattr(waiting.resource, "getrlimit", lambda _: (4096, unlimited))
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (4096, unlimited))
     assert not may_start(3, *places)
 
 
