@@ -70,7 +70,7 @@ class MirroredBlocks(BlockCache):
     def budget(self) -> int:
         return STORE_BUDGET
 
-    def trim(self, in_use: Callable[[], Collection[str]]) -> list[str]:
+    def trim(self, in_use: Callable[[], Collection[str] | None]) -> list[str]:
         """See BlockCache; then delete this machine's copies that its disk has no room for."""
         gone: list[str] = []
         with suppress(StoreError):  # the next trial to finish deletes them
