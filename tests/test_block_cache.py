@@ -1,5 +1,6 @@
 """Kept blocks stay within a part of the free disk; the least recently used go first."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -15,7 +16,7 @@ from q3q.storage import stores as stores_module
 from q3q.storage.block_cache import BLOCKS, MARK, BlockCache
 from q3q.storage.claim import Claim, FolderClaimStore
 from q3q.storage.mirror import Mirror
-from q3q.storage.mirrored_blocks import block_cache_of
+from q3q.storage.mirrored_blocks import OLD, block_cache_of
 from q3q.storage.stores import FolderStore, StoreError
 from tests.specs import make_trial
 
@@ -164,6 +165,88 @@ def test_a_store_keeps_what_its_budget_holds_and_a_machine_what_its_disk_holds(
     assert left(one) == ["a", "b", "c"]
     other.mirror.pull(BLOCKS)
     assert not any((other.folder / "d").iterdir())
+
+
+def sent_blocks(cache, *names):
+    """Make and send blocks of some quantizations."""
+    for name in names:
+        cache.use(name)
+        (cache.folder / name / "block_000.safetensors").write_bytes(bytes(1000))
+        (cache.folder / name / "block_000.json").write_text("{}")
+        cache.mirror.push(f"{BLOCKS}/{name}")
+
+
+def names_in(cache, name):
+    folder = cache.folder / name
+    return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+
+
+WHOLE = ["block_000.json", "block_000.safetensors", MARK]
+
+
+def test_copies_that_a_trial_here_uses_stay_until_it_ends(tmp_path, monkeypatch):
+    one, other = (machine(tmp_path, name, monkeypatch) for name in "ab")
+    sent_blocks(one, "a", "b")
+    other.mirror.pull(BLOCKS)
+    with other.lease("a"), one.lease("b"):
+        other.delete("a")  # this machine's own deletion
+        other.delete("b")  # another's
+        other.mirror.pull(BLOCKS)
+        one.mirror.pull(BLOCKS)
+        assert names_in(other, "a") == names_in(one, "b") == WHOLE
+        assert names_in(other, "b") == names_in(one, "a") == []
+        assert other.mirror.store.find(BLOCKS) == {}
+    for machine_, name in ((other, "a"), (one, "b")):
+        machine_.mirror.pull(BLOCKS)
+        assert names_in(machine_, name) == []
+        assert machine_.mirror.push(BLOCKS) == 0
+    assert other.mirror.store.find(BLOCKS) == {}
+
+
+def test_a_deletion_that_is_cut_off_leaves_the_mark(tmp_path, monkeypatch):
+    one = machine(tmp_path, "a", monkeypatch)
+    sent_blocks(one, "a")
+    remove, left = one.mirror.store.remove, [2]
+
+    def die(name):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        remove(name)
+
+    monkeypatch.setattr(one.mirror.store, "remove", die)
+    with pytest.raises(KeyboardInterrupt):
+        one.delete("a")
+    assert list(one.mirror.store.find(BLOCKS)) == [f"{BLOCKS}/a/{MARK}"]
+
+
+def test_only_what_was_freed_of_copies_counts_and_torn_downloads_go(tmp_path, disk, monkeypatch):
+    one = machine(tmp_path, "a", monkeypatch)
+    sent_blocks(one, "a", "b")
+    with one.lease("a"):
+        (one.folder / "a/.block_000.json.0123.partial").write_bytes(bytes(500))
+    with one.lease("b"):
+        pass
+    (one.folder / "c").mkdir()
+    (one.folder / "c/block_000.safetensors").write_bytes(bytes(1000))  # not sent yet
+    disk(2)  # what "c" takes is not freed, so "b" goes too
+    assert one.trim_copies() == ["a", "b"]
+    assert names_in(one, "a") == names_in(one, "b") == []
+    assert names_in(one, "c") == ["block_000.safetensors"]
+
+
+def test_copies_of_the_version_before_go_once_nobody_uses_them(tmp_path, monkeypatch):
+    one = machine(tmp_path, "a", monkeypatch)
+    old = one.mirror.folder / OLD
+    (old / "x").mkdir(parents=True)
+    (old / "x/block_000.json").write_text("{}")
+    (old / "y.lease").touch()
+    with (old / "x.lease").open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        one.trim_copies()
+        assert (old / "x/block_000.json").exists()
+    one.trim_copies()
+    assert not old.exists()
 
 
 @pytest.fixture
