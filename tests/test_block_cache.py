@@ -206,7 +206,9 @@ def test_copies_that_a_trial_here_uses_stay_until_it_ends(tmp_path, monkeypatch)
 def test_a_deletion_that_is_cut_off_leaves_the_mark(tmp_path, monkeypatch):
     one = machine(tmp_path, "a", monkeypatch)
     sent_blocks(one, "a")
-    remove, left = one.mirror.store.remove, [2]
+    (one.folder / "a/source.json").write_text("{}")  # its name comes after the mark's
+    one.mirror.push(BLOCKS)
+    remove, left = one.mirror.store.remove, [3]
 
     def die(name):
         left[0] -= 1
