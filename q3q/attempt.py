@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from q3q.environment import now
@@ -17,10 +18,10 @@ from q3q.masking import masked
 from q3q.placement import Trial
 from q3q.record import COMPLETED, Progress, Report, TrialRecord, forget_progress, load_trial
 from q3q.storage.aside import clear_for_file, clear_for_folder, put_aside, tell, telling
-from q3q.storage.claim import Claim, ClaimStore, Holder, claimed, holder_of
+from q3q.storage.claim import Claim, ClaimStore, Holder, claimed, seen_holder_of
 from q3q.storage.files import make_folder
 from q3q.storage.mirror import Mirror, is_light, mirror_for
-from q3q.storage.stores import with_retries
+from q3q.storage.stores import StoreError, with_retries
 from q3q.storage.uploader import uploading
 
 CLAIM = "trial"  # the name of a trial's claim, in its folder
@@ -119,30 +120,43 @@ def _mirrored(trial: Trial, mirror: Mirror | None, claim: Claim) -> Iterator[Non
             uploader.add(exported)
 
 
-def running_quantizations(besides: Trial) -> set[str]:
-    """Return the quantizations of the other trials of a storage that run, perhaps elsewhere."""
-    mirror, found = mirror_for(besides.placement.store), set()
+def running_quantizations(besides: Trial) -> set[str] | None:
+    """Return the quantizations of the other trials of a storage that run, perhaps elsewhere.
+
+    Returns:
+        None if a running trial's spec cannot be read, as before it is sent to a store.
+
+    Raises:
+        StoreError: the store does not answer.
+    """
+    mirror = mirror_for(besides.placement.store)
     if mirror is not None:
         return _running_in_store(mirror, besides.id)
+    found = set()
     for folder in {path.parent for path in besides.placement.trials.glob(f"*/{CLAIM}.claim.*")}:
-        if folder != besides.folder and holder_of(folder, CLAIM) is not None:
-            with suppress(*UNREADABLE):
+        try:
+            if folder != besides.folder and seen_holder_of(folder, CLAIM) is not None:
                 found.add(load_trial(folder / "spec.json").spec.quantization_id)
+        except UNREADABLE:
+            return None
     return found
 
 
-def _running_in_store(mirror: Mirror, besides: str) -> set[str]:
+def _running_in_store(mirror: Mirror, besides: str) -> set[str] | None:
     names = with_retries(mirror.url, lambda: mirror.store.find("trials"))
-    claimed, finished = (
-        {name.split("/")[1] for name in names if re.fullmatch(f"trials/[^/]+/{pattern}", name)}
-        for pattern in (rf"{CLAIM}\.claim\.\d+", r"record\.json")
-    )
+    claims = (re.fullmatch(rf"trials/([^/]+)/{CLAIM}\.claim\.\d+", name) for name in names)
     found = set()
-    for trial in claimed - finished - {besides}:  # a finished one's claim is free
-        if holder_of(mirror.claim_store(f"trials/{trial}"), CLAIM) is not None:
-            with suppress(*UNREADABLE):
-                data = json.loads(mirror.store.read(f"trials/{trial}/spec.json"))
+    # One that has a record may run again: fresh=true, or its export is damaged.
+    for trial in {claim[1] for claim in claims if claim} - {besides}:
+        if seen_holder_of(mirror.claim_store(f"trials/{trial}"), CLAIM) is not None:
+            spec = f"trials/{trial}/spec.json"
+            try:
+                data = json.loads(with_retries(mirror.url, partial(mirror.store.read, spec)))
                 found.add(Trial.from_json(data).spec.quantization_id)
+            except StoreError:
+                raise
+            except UNREADABLE:
+                return None
     return found
 
 

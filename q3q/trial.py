@@ -134,7 +134,7 @@ def run_trial(trial: Trial, report: Report = lambda event: None, team: Team = SO
     )
     record.save()
     reporter.phase("record")(1, 1)
-    clear(record, made_blocks=store.made)
+    _try_to_clear(record, made_blocks=store.made)
     return record
 
 
@@ -160,6 +160,15 @@ def _blocks_of(trial: Trial, count: int, reporter: Reporter) -> AbstractContextM
         reporter.phase("wait", f"for {holder}, which makes the same blocks")(0, 1)
 
     return blocks_of(trial, count, wait, lambda line: reporter.phase("load", line)(1, 1))
+
+
+def _try_to_clear(record: TrialRecord, *, made_blocks: bool = False) -> None:
+    """`clear`; the trial is done even if that fails, and then its log says so."""
+    try:
+        clear(record, made_blocks=made_blocks)
+    except Exception as error:
+        log = TrialLog(record.trial.folder / LOG)
+        log.write(f"not cleared: {type(error).__name__}: {error}")
 
 
 def clear(record: TrialRecord, *, made_blocks: bool = False) -> None:
@@ -223,7 +232,8 @@ def attempt_trial(
             with attempt(trial, report) as turn:
                 if turn.done is None:
                     return _recorded(trial, turn, team)
-                clear(turn.done)  # the process that finished it may have died before that
+                # The process that finished it may have died before that.
+                _try_to_clear(turn.done)
                 return turn.done
         except ClaimLostError:  # another process took this one for dead, and runs the trial now
             if team.size > 1:  # these ranks are out of step: the driver starts a new gang

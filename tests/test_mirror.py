@@ -116,6 +116,26 @@ def test_what_one_deletes_goes_everywhere_but_not_what_nobody_sent(node):
     assert held(a)["three"] == "3"
 
 
+def test_what_another_process_here_sends_while_a_pull_lists_the_store_stays(node, monkeypatch):
+    a, neighbour, elsewhere = node("a"), node("a"), node("b")
+    write(a, again="1", gone="2")
+    a.push("trials")
+    for name in ("again", "gone"):
+        elsewhere.store.remove(f"trials/x/{name}")
+    find = a.store.find
+
+    def busy(prefix):
+        found = find(prefix)
+        write(neighbour, new="3", again="made again")
+        neighbour.push("trials")
+        return found
+
+    monkeypatch.setattr(a.store, "find", busy)
+    a.pull("trials")
+    assert held(a) == {"again": "made again", "new": "3"}
+    assert in_store(a) == ["trials/x/again", "trials/x/new"]
+
+
 def test_a_file_is_whole_or_absent_however_its_download_ends(node):
     a, b = node("a"), node("b")
     write(a, one="a whole file")

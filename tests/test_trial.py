@@ -11,12 +11,13 @@ from functools import partial
 import pytest
 import torch
 
-from q3q.attempt import afresh
+from q3q.attempt import LOG, afresh
 from q3q.evaluate.journal import Journal
 from q3q.evaluate.samples import SAMPLES, read_samples
 from q3q.models.adjust import set_activations
 from q3q.quantize.walk import quantized_blocks
 from q3q.record import Sweep, TrialRecord
+from q3q.storage.block_cache import BlockCache
 from q3q.sweep.study import Study
 from q3q.trial import attempt_trial, run_trial
 from tests.composed import composed_trial
@@ -353,6 +354,20 @@ def test_an_error_becomes_a_failed_record_that_says_why(tiny_trial_of, monkeypat
     assert "load_decoder" in record.environment["traceback"]
     assert json.loads((trial.folder / "failed.json").read_text())["status"] == "FAILED"
     assert not (trial.folder / "record.json").exists()
+
+
+def test_a_finished_trial_stays_finished_if_it_cannot_be_cleared(tiny_trial_of, monkeypatch):
+    trial = tiny_trial_of("method=rtn", "bits=5")
+
+    def refuse(cache, in_use):
+        raise RuntimeError("connection refused")
+
+    monkeypatch.setattr(BlockCache, "trim", refuse)
+    assert attempt_trial(trial).completed
+    assert attempt_trial(trial).completed  # it is done, and clears once more
+    log = (trial.folder / LOG).read_text()
+    assert log.count(" not cleared: RuntimeError: connection refused\n") == 2
+    assert not (trial.folder / "failed.json").exists()
 
 
 def test_weights_that_are_not_the_codes_fail_the_trial(tiny_trial_of, monkeypatch):

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from q3q.formatting import bytes_in_words
-from q3q.storage.claim import Claim, ClaimStore
+from q3q.storage.claim import ClaimStore, remembered
 
 # Of the disk that would be free without these blocks, the part that they may take. No sweep should
 # find its disk full because of blocks that may never be asked for again; a tenth of a 2 TB disk
@@ -61,7 +61,7 @@ class BlockCache:
         Blocks that are there without a mark get none.
         """
         folder = self.folder / name
-        new = not folder.is_dir() or not any(folder.iterdir())
+        new = not stored_blocks(folder)  # what a process that died left of a file is no block
         folder.mkdir(parents=True, exist_ok=True)
         if new or (folder / MARK).exists():
             self._stamp(folder / MARK)
@@ -97,11 +97,12 @@ class BlockCache:
         """Return the bytes that blocks may take that may go."""
         return part_of_free_disk(self.folder, sum(kept.size for kept in self.entries()))
 
-    def trim(self, in_use: Callable[[], Collection[str]]) -> list[str]:
+    def trim(self, in_use: Callable[[], Collection[str] | None]) -> list[str]:
         """Delete the least recently used blocks beyond the budget; return whose.
 
         Args:
-            in_use: returns the quantizations that running trials use: theirs stay.
+            in_use: returns the quantizations that running trials use: theirs stay. None if that
+                cannot be known now: all stay.
         """
         entries = self.entries()
         over = sum(kept.size for kept in entries) - self.budget()
@@ -109,12 +110,16 @@ class BlockCache:
         for kept in entries:
             if over <= 0:
                 break
-            claim = Claim(self.claims, kept.name)
-            if claim.take() is not None:  # a trial looks at them, or makes them
-                continue
+            with remembered(self.claims, kept.name) as claim:
+                if claim.take() is not None:  # a trial looks at them, or makes them
+                    over -= kept.size  # no others go in their place: their holder may be dead
+                    continue
             try:
                 # A trial that found these blocks under this claim is running, and so is seen.
-                if kept.name not in in_use():
+                used = in_use()
+                if used is None:
+                    break
+                if kept.name not in used:
                     self.delete(kept.name)
                     gone.append(kept.name)
                     over -= kept.size

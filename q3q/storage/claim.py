@@ -338,6 +338,36 @@ def claim_or_refuse(
         time.sleep(claim.store.poll)
 
 
+# By place and name: what this process last saw of a holder elsewhere, and when it first saw that.
+_remembered: dict[tuple[str, str], tuple[tuple[int, str], float]] = {}
+
+
+@contextmanager
+def remembered(where: Path | ClaimStore, name: str) -> Iterator[Claim]:
+    """Yield a claim that goes on with what this process saw of it before, whenever that was.
+
+    So one look now and then notices a holder elsewhere that died.
+    """
+    claim = Claim(where, name)
+    key = str(claim.store), name
+    claim._watched, claim._since = _remembered.get(key, (claim._watched, claim._since))
+    try:
+        yield claim
+    finally:
+        _remembered[key] = claim._watched, claim._since
+
+
+def seen_holder_of(where: Path | ClaimStore, name: str) -> Holder | None:
+    """Return a claim's holder, None if it is free or this process saw a long silence.
+
+    Raises:
+        OSError: the claim cannot be read.
+    """
+    with remembered(where, name) as claim:
+        newest = claim._newest()
+        return claim._living(newest) if newest else None
+
+
 def holder_of(where: Path | ClaimStore, name: str) -> Holder | None:
     """Return a claim's holder, None if it is free. A holder elsewhere may be dead all the same."""
     claim = Claim(where, name)

@@ -24,6 +24,7 @@ from typing import Any
 from q3q.masking import masked
 from q3q.storage.aside import clear_for_file, is_aside
 from q3q.storage.files import install, make_folder, read_file
+from q3q.storage.leases import lease_of, unless_leased
 from q3q.storage.object_claims import ObjectClaimStore, is_claim
 from q3q.storage.stores import (
     Store,
@@ -108,12 +109,15 @@ class Mirror:
     ) -> None:
         """Fetch what is new or changed in the store; delete here what was deleted there.
 
-        Files changed here alone since the last exchange stay as they are.
+        Files changed here alone since the last exchange stay as they are. Those in a folder that
+        somebody here has a lease on go with a later pull.
 
         Args:
             claims: fetch claims too, to be looked at.
         """
         for prefix in prefixes:
+            # Read before the store is listed: what another process sends meanwhile is no old file.
+            known = {name: _read_exchanged(self._record(name)) for name in self._known(prefix)}
             marks = with_retries(self.url, functools.partial(self.store.find, prefix))
             marks = {
                 name: mark
@@ -121,9 +125,12 @@ class Mirror:
                 if only(name) and (_travels(name) or (claims and is_claim(name)))
             }
             self._in_order(marks, functools.partial(self._fetch, marks=marks))
-            for name in self._known(prefix):
-                if name not in marks and only(name):
-                    self._forget(name)
+            for name, exchanged in known.items():
+                if name not in marks and only(name) and exchanged is not None:
+                    lease = lease_of((self.folder / name).parent)
+                    with unless_leased(*[lease] if lease.exists() else []) as free:
+                        if free:
+                            self._forget(name, exchanged)
 
     def push(self, *prefixes: str, sure: Callable[[], object] = lambda: None) -> int:
         """Send what is new or changed here; then delete in the store what was deleted here.
@@ -159,12 +166,19 @@ class Mirror:
         if new and not with_retries(self.url, lambda: self.store.find(prefix)):
             self.push(prefix)
 
-    def remove(self, prefix: str) -> None:
-        """Delete all below a prefix in the store, but for claims; local files stay."""
-        for name in with_retries(self.url, functools.partial(self.store.find, prefix)):
+    def remove(self, prefix: str, *, last: str = "", later: bool = False) -> None:
+        """Delete all below a prefix in the store, but for claims; local files stay.
+
+        Args:
+            last: the name of the file that goes last.
+            later: local files go with a later pull.
+        """
+        names = with_retries(self.url, functools.partial(self.store.find, prefix))
+        for name in sorted(names, key=lambda name: name.rpartition("/")[2] == last):
             if not is_claim(name):
                 with_retries(self.url, functools.partial(self.store.remove, name))
-            self._record(name).unlink(missing_ok=True)
+            if not later:
+                self._record(name).unlink(missing_ok=True)
 
     def drop(self, prefix: str) -> None:
         """Delete here what the store has too; no push deletes it there."""
@@ -224,9 +238,15 @@ class Mirror:
             if mark is not None and state is not None:
                 self._remember(name, mark, state)
 
-    def _forget(self, name: str) -> None:
-        """Delete a file here that the store has, or had, unless it has changed since."""
+    def _forget(self, name: str, known: Exchanged | None = None) -> None:
+        """Delete a file here that the store has, or had, unless it has changed since.
+
+        Args:
+            known: its last exchange; if another one followed, the file stays.
+        """
         with self._turn(name) as exchanged:
+            if known not in (None, exchanged):
+                return
             if exchanged is not None and _state(self.folder / name) == exchanged.state:
                 (self.folder / name).unlink(missing_ok=True)
             self._record(name).unlink(missing_ok=True)

@@ -8,21 +8,24 @@ A machine's copies lie in its mirror. While one of its trials uses a quantizatio
 on them, which the kernel ends with the process; what nobody here uses gives way to other blocks.
 """
 
-import fcntl
 import os
+import shutil
 import time
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager, suppress
 from functools import partial
 from pathlib import Path
 
 from q3q.masking import masked
 from q3q.storage.block_cache import BLOCKS, MARK, BlockCache, Kept, part_of_free_disk
+from q3q.storage.leases import lease_of, leased, unless_leased
 from q3q.storage.mirror import Mirror
 from q3q.storage.stores import StoreError, is_url, with_retries
 
 # Bytes of 25 quantizations of an 8B model at 4 bits; S3 bills about two dollars a month for them.
 STORE_BUDGET = 100 * 10**9
+# In a mirror: where earlier versions had copies that no store knew, with leases of another name.
+OLD, OLD_LEASES = ".blocks", "*.lease"
 
 
 def block_cache_of(storage: str | Path) -> BlockCache:
@@ -45,8 +48,14 @@ class MirroredBlocks(BlockCache):
         mark.write_text(str(time.time_ns()), encoding="ascii")  # a store keeps no time of ours
 
     def delete(self, name: str) -> None:
-        self.mirror.remove(f"{BLOCKS}/{name}")
-        super().delete(name)
+        """See BlockCache. Copies here that somebody has a lease on go with a later pull.
+
+        The mark goes last: if this process dies meanwhile, what is left may still go.
+        """
+        with self._unless_leased(name) as free:
+            self.mirror.remove(f"{BLOCKS}/{name}", last=MARK, later=not free)
+            if free:
+                super().delete(name)
 
     def entries(self) -> list[Kept]:
         """See BlockCache. The clocks of the machines that used blocks decide their order."""
@@ -70,7 +79,7 @@ class MirroredBlocks(BlockCache):
     def budget(self) -> int:
         return STORE_BUDGET
 
-    def trim(self, in_use: Callable[[], Collection[str]]) -> list[str]:
+    def trim(self, in_use: Callable[[], Collection[str] | None]) -> list[str]:
         """See BlockCache; then delete this machine's copies that its disk has no room for."""
         gone: list[str] = []
         with suppress(StoreError):  # the next trial to finish deletes them
@@ -78,13 +87,11 @@ class MirroredBlocks(BlockCache):
         self.trim_copies()
         return gone
 
-    @contextmanager
-    def lease(self, name: str) -> Iterator[None]:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with self._lease(name).open("ab") as file:
-            fcntl.flock(file, fcntl.LOCK_SH)
-            os.utime(file.fileno())
-            yield
+    def lease(self, name: str) -> AbstractContextManager[None]:
+        return leased(self.folder / name)
+
+    def _unless_leased(self, name: str) -> AbstractContextManager[bool]:
+        return unless_leased(lease_of(self.folder / name))
 
     def trim_copies(self) -> list[str]:
         """Delete the copies here, the least recently used first, beyond a part of the free disk.
@@ -94,6 +101,7 @@ class MirroredBlocks(BlockCache):
         Returns:
             The quantizations of which copies were deleted.
         """
+        self._delete_old_copies()
         copies = self._copies()
         taken = sum(kept.size for kept in copies)
         over = taken - part_of_free_disk(self.folder, taken)
@@ -101,26 +109,41 @@ class MirroredBlocks(BlockCache):
         for kept in copies:
             if over <= 0:
                 break
-            with self._lease(kept.name).open("ab") as file:
-                try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError:
-                    continue
-                self.mirror.drop(f"{BLOCKS}/{kept.name}")
-                gone.append(kept.name)
-                over -= kept.size
+            with self._unless_leased(kept.name) as free:
+                if free and (freed := self._drop(kept)):
+                    gone.append(kept.name)
+                    over -= freed
         return gone
+
+    def _drop(self, kept: Kept) -> int:
+        """Delete copies that nobody here uses; return the bytes that they took."""
+        folder = self.folder / kept.name
+        for path in folder.glob("*.partial"):  # of one that died, or that fetches them once more
+            path.unlink(missing_ok=True)
+        self.mirror.drop(f"{BLOCKS}/{kept.name}")
+        return kept.size - _size(folder)
+
+    def _delete_old_copies(self) -> None:
+        old = self.mirror.folder / OLD
+        with unless_leased(*old.glob(OLD_LEASES)) as free:
+            if free:
+                shutil.rmtree(old, ignore_errors=True)
 
     def _copies(self) -> list[Kept]:
         found = []
         for folder in self.folder.glob("*/"):
-            lease, size = self._lease(folder.name), 0
-            with suppress(FileNotFoundError):  # files go away at this moment
-                size = sum(one.stat().st_size for one in os.scandir(folder) if one.is_file())
-            if size:
+            lease = lease_of(folder)
+            if size := _size(folder):
                 used = lease.stat().st_mtime_ns if lease.exists() else 0
                 found.append(Kept(folder.name, size, used))
         return sorted(found, key=lambda kept: (kept.used, kept.name))
 
-    def _lease(self, name: str) -> Path:
-        return self.folder / f".{name}.lease"
+
+def _size(folder: Path) -> int:
+    """Return the bytes of a folder's files."""
+    size = 0
+    with suppress(FileNotFoundError):  # it goes away at this moment
+        for one in os.scandir(folder):
+            with suppress(FileNotFoundError):
+                size += one.stat().st_size if one.is_file() else 0
+    return size
