@@ -299,7 +299,7 @@ def test_a_refused_connection_is_tried_again_and_said_to_be_one(running, monkeyp
         return read(self, name)
 
     monkeypatch.setattr(FolderStore, "read", refuse)
-    monkeypatch.setattr(stores_module.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
     assert running_quantizations(asks) == {runs.spec.quantization_id}
     refusals[0] = 1000
     monkeypatch.setattr(stores_module, "PATIENCE", 0.0)
