@@ -154,6 +154,21 @@ def test_a_file_is_whole_or_absent_however_its_download_ends(node):
     assert held(b) == {"one": "a whole file"}
 
 
+def test_a_fetch_that_was_killed_deletes_nothing_in_the_store(node):
+    a, b = node("a"), node("b")
+    write(a, record_json="1")
+    a.push("trials")
+    child = os.fork()
+    if child == 0:
+        b.store.get = lambda name, path: os.kill(os.getpid(), signal.SIGKILL)
+        b.pull("trials")
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    assert b.push("trials") == 0
+    assert in_store(a) == ["trials/x/record.json"]
+    b.pull("trials")
+    assert held(b) == {"record.json": "1"}
+
+
 def test_what_is_under_way_stays_and_the_record_goes_last(node):
     a = node("a")
     write(a, record_json="1", a="2", z="3", q3q_json="4")

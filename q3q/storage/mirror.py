@@ -151,7 +151,8 @@ class Mirror:
             name
             for prefix in prefixes
             for name in self._known(prefix)
-            if not (self.folder / name).exists()
+            # An empty record is of a file that is being fetched, or whose fetch was cut off.
+            if not (self.folder / name).exists() and _read_exchanged(self._record(name))
         ]
         if gone:
             sure()
