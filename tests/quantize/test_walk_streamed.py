@@ -279,7 +279,7 @@ def test_the_walk_holds_one_block_of_codes(random_checkpoint, tmp_path, windows)
 def test_a_block_that_is_gone_is_an_error_and_not_the_original(random_checkpoint, tmp_path):
     model = StreamedDecoder(Checkpoint(random_checkpoint()), torch.float32)
     with BlockStore(tmp_path) as store:
-        quantize_model(model, METHODS["rtn"](), SCHEME, None, store)
+        quantize_model(model, METHODS["rtn"](), SCHEME, torch.arange(20)[None], store)
     (tmp_path / "block_001.safetensors").unlink()
     with pytest.raises(IntegrityError, match="block 1, which was quantized and stored"):
         model.hidden(torch.arange(10)[None])

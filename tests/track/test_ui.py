@@ -49,7 +49,7 @@ class Ui:
     def text(self, page: str, *expected: str) -> str:
         """Return a page's text, once it has fetched and shows all that is expected."""
         assert BROWSER is not None
-        for _ in range(4):
+        for _ in range(12):  # charts are drawn late on a busy machine
             command = [
                 BROWSER,
                 *FLAGS,
