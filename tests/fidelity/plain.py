@@ -11,7 +11,7 @@ Shapes: N windows, T tokens of one, O out features, I in features.
 
 import math
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy
@@ -29,6 +29,7 @@ class Rounded:
     """A rounded weight, scale * (codes - zero), each of them [O, I].
 
     value: the weight before rounding, in units of scale.
+    zero_value: the zero point before rounding; None if it is not rounded.
     order: the order in which columns were rounded.
     lowest: the lowest weight of the group (AWQ).
     clipping: the search for limits, None if the linear is not clipped (AWQ).
@@ -41,6 +42,7 @@ class Rounded:
     order: Any = None
     lowest: Any = None
     clipping: Any = None
+    zero_value: Any = None
 
     @classmethod
     def like(cls, w_OI):
@@ -58,7 +60,21 @@ class Rounded:
     @property
     def from_tie(self):
         """Return each value's distance from the midpoint between two codes, in units of scale."""
-        return (self.value - self.value.floor() - 0.5).abs()
+        return from_midpoint(self.value)
+
+    def other_zero(self, other):
+        """Return where another driver's zero point differs: from there on, all codes may."""
+        same_origin = self.zero_value is not None
+        return (self.zero != other.zero) & same_origin
+
+    @property
+    def zero_from_tie(self):
+        """Return each zero point's distance from the midpoint between two codes."""
+        return from_midpoint(self.zero_value)
+
+
+def from_midpoint(number):
+    return (number - number.floor() - 0.5).abs()
 
 
 class Expert(nn.Module):
@@ -184,7 +200,10 @@ def perplexity(model, windows_NT):
 
 
 def find_params(x_OS, bits, symmetric, mse=False):
-    """Return the scale and zero, both [O], of GPTQ's Quantizer for each row of x."""
+    """Return the scale and zero, both [O], of GPTQ's Quantizer for each row of x.
+
+    And the zero before it is rounded, which a range that shrinks does not change.
+    """
     maxq = 2**bits - 1
     low, high = torch.empty(len(x_OS)), torch.empty(len(x_OS))
     for o, row in enumerate(x_OS):
@@ -196,7 +215,8 @@ def find_params(x_OS, bits, symmetric, mse=False):
             low[o], high[o] = -1, 1
     scale = (high - low) / maxq
     middle = torch.full_like(scale, (maxq + 1) / 2)
-    zero = middle if symmetric else torch.round(-low / scale)
+    exact_zero = middle if symmetric else -low / scale
+    zero = torch.round(exact_zero)
     if mse:
         best = torch.full_like(scale, math.inf)
         for i in range(80):
@@ -209,7 +229,7 @@ def find_params(x_OS, bits, symmetric, mse=False):
             better = cost < best
             best, scale = torch.where(better, cost, best), torch.where(better, tried, scale)
             zero = torch.where(better, tried_zero, zero)
-    return scale, zero
+    return scale, zero, exact_zero
 
 
 def nearest(x_OS, scale_O, zero_O, bits):
@@ -218,15 +238,16 @@ def nearest(x_OS, scale_O, zero_O, bits):
 
 def round_to_nearest(w_OI, bits, group_size, symmetric, mse=False):
     size = w_OI.shape[1] if group_size == -1 else group_size
-    rounded = Rounded.like(w_OI)
+    rounded = replace(Rounded.like(w_OI), zero_value=torch.empty_like(w_OI))
     for g in range(0, w_OI.shape[1], size):
         part = w_OI[:, g : g + size]
-        scale, zero = find_params(part, bits, symmetric, mse)
+        scale, zero, exact_zero = find_params(part, bits, symmetric, mse)
         rounded.codes[:, g : g + size] = nearest(part, scale, zero, bits)
         rounded.scale[:, g : g + size] = scale[:, None]
         rounded.zero[:, g : g + size] = zero[:, None]
         rounded.value[:, g : g + size] = part / scale[:, None]
-    return rounded
+        rounded.zero_value[:, g : g + size] = exact_zero[:, None]
+    return rounded if not symmetric else replace(rounded, zero_value=None)
 
 
 @torch.no_grad()
@@ -322,7 +343,7 @@ def gptq_linear(W, H, order, bits, group_size, symmetric, damping, block_size, s
     W, H = W.clone(), H.clone()
     rows, columns = W.shape
     if group_size == -1:
-        scale, zero = find_params(W, bits, symmetric, mse)
+        scale, zero, exact_zero = find_params(W, bits, symmetric, mse)
     dead = torch.diag(H) == 0
     H[dead, dead] = 1
     W[:, dead] = 0
@@ -333,28 +354,30 @@ def gptq_linear(W, H, order, bits, group_size, symmetric, damping, block_size, s
         ]
     W, H = W[:, order], H[order][:, order]
     Hinv = upper_factor(H, damping)
-    out = Rounded.like(W)
+    out, exact_zeros = Rounded.like(W), torch.empty_like(W)
     for start in range(0, columns, block_size):
         stop = min(start + block_size, columns)
         block, errors = W[:, start:stop].clone(), torch.zeros(rows, stop - start)
         for i in range(start, stop):
             if group_size != -1:
                 if static_groups:
-                    scale, zero = static[int(order[i]) // group_size]
+                    scale, zero, exact_zero = static[int(order[i]) // group_size]
                 elif i % group_size == 0:
-                    scale, zero = find_params(W[:, i : i + group_size], bits, symmetric, mse)
+                    group = W[:, i : i + group_size]
+                    scale, zero, exact_zero = find_params(group, bits, symmetric, mse)
             w = block[:, i - start]
             codes = nearest(w[:, None], scale, zero, bits)[:, 0]
             out.codes[:, i], out.scale[:, i], out.zero[:, i] = codes, scale, zero
-            out.value[:, i] = w / scale
+            out.value[:, i], exact_zeros[:, i] = w / scale, exact_zero
             error = (w - scale * (codes - zero)) / Hinv[i, i]
             block[:, i - start :] -= error[:, None] * Hinv[i, i:stop][None, :]
             errors[:, i - start] = error
         W[:, stop:] -= errors @ Hinv[start:stop, stop:]
     back = torch.argsort(order)
-    back_in_order = (x[:, back] for x in (out.codes, out.scale, out.zero, out.value))
-    codes, scale, zero, value = back_in_order
-    return Rounded(codes, scale, zero, value, order)
+    of_columns = (out.codes, out.scale, out.zero, out.value, exact_zeros)
+    codes, scale, zero, value, zero_value = (x[:, back] for x in of_columns)
+    zero_value = None if symmetric else zero_value
+    return Rounded(codes, scale, zero, value, order, zero_value=zero_value)
 
 
 @torch.no_grad()
