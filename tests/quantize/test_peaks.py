@@ -11,18 +11,9 @@ from q3q.models.adjust import RoundedInputs
 from q3q.number_formats import FLOATS
 from q3q.numerics.stored_scales import floats_below_factor
 from q3q.quantize.block_file import decode, encode
-from q3q.quantize.methods.awq import Awq
-from q3q.quantize.methods.gptq import Gptq
-from q3q.quantize.methods.rtn import Rtn
-from q3q.quantize.methods.settings import (
-    AwqSettings,
-    GptqSettings,
-    RtnSettings,
-    SmoothQuantSettings,
-)
-from q3q.quantize.methods.smoothquant import SmoothQuant
 from q3q.quantize.walk import quantize_model
 from q3q.spec import Scheme, Schemes
+from tests.methods import built
 from tests.nowhere import Nowhere
 from tests.quantize.test_walk import copy
 
@@ -36,12 +27,7 @@ NVFP4 = Scheme(
     act_group_size=16,
     act_scales="calibrated",
 )
-METHODS = {
-    "rtn": lambda: Rtn(RtnSettings()),
-    "gptq": lambda: Gptq(GptqSettings()),
-    "awq": lambda: Awq(AwqSettings()),
-    "smoothquant": lambda: SmoothQuant(SmoothQuantSettings()),
-}
+METHODS = ("rtn", "gptq", "awq", "smoothquant")
 
 
 def seen(block, x_BTH, rope):
@@ -60,7 +46,7 @@ def seen(block, x_BTH, rope):
 @torch.inference_mode()
 def test_a_peak_is_the_largest_number_that_the_quantized_block_reads(decoder, windows, name):
     original, plain = copy(decoder), copy(decoder)
-    results = quantize_model(decoder, METHODS[name](), NVFP4, windows, Nowhere())
+    results = quantize_model(decoder, built(name), NVFP4, windows, Nowhere())
     for k, result in enumerate(results):
         # AWQ and SmoothQuant calibrate each block on the original ones before it.
         before = original if name in ("awq", "smoothquant") else decoder
@@ -71,7 +57,7 @@ def test_a_peak_is_the_largest_number_that_the_quantized_block_reads(decoder, wi
         assert result.peaks == pytest.approx(largest, rel=1e-5)
         assert decode(k, (stored := encode(result)).tensors, stored.facts).peaks == result.peaks
     dynamic = replace(NVFP4, act_scales="dynamic")
-    others = quantize_model(plain, METHODS[name](), dynamic, windows, Nowhere())
+    others = quantize_model(plain, built(name), dynamic, windows, Nowhere())
     for ours, theirs in zip(results, others, strict=True):  # looking on changes nothing
         assert theirs.peaks == {}
         assert "peaks" not in encode(theirs).facts
@@ -84,7 +70,7 @@ def test_a_peak_is_the_largest_number_that_the_quantized_block_reads(decoder, wi
 def test_inputs_are_rounded_below_the_factor_and_only_where_it_was_asked_for(decoder, windows):
     overrides = {f"blocks.{k}.self_attn.o_proj": {"act_scales": "dynamic"} for k in range(2)}
     schemes = Schemes(NVFP4, overrides)
-    results = quantize_model(decoder, METHODS["rtn"](), schemes, windows, Nowhere())
+    results = quantize_model(decoder, built("rtn"), schemes, windows, Nowhere())
     assert "o" not in results[0].peaks
     assert "o" in [site.name for site in decoder.blocks[0].sites]
     peaks = {"blocks.0.qkv": 3.0, "blocks.0.gate_up": 0.5, "blocks.0.down": 7.0}
@@ -110,15 +96,15 @@ def test_an_expert_without_tokens_has_its_siblings_factor_and_infinity_is_refuse
     router = torch.zeros_like(block.weights["mlp.gate.weight"])
     moe_decoder.blocks[0] = block.with_weights({"mlp.gate.weight": router})  # ties: experts 0 and 1
     windows = torch.randint(61, (2, 20), generator=torch.Generator().manual_seed(1))
-    result, *_ = quantize_model(copy(moe_decoder), METHODS["rtn"](), NVFP4, windows, Nowhere())
+    result, *_ = quantize_model(copy(moe_decoder), built("rtn"), NVFP4, windows, Nowhere())
     assert result.peaks.keys() == {site.name for site in block.sites}
     assert all(0 < peak < math.inf for peak in result.peaks.values())
     moe_decoder.embedding_VH = torch.full_like(moe_decoder.embedding_VH, math.inf)
     with pytest.raises(NumericsError, match=r"blocks\.0\.qkv: calibration activations are not"):
-        quantize_model(moe_decoder, METHODS["rtn"](), NVFP4, windows, Nowhere())
+        quantize_model(moe_decoder, built("rtn"), NVFP4, windows, Nowhere())
 
 
 @torch.inference_mode()
 def test_a_block_made_anew_without_windows_is_not_stored_without_factors(decoder):
     with pytest.raises(IntegrityError, match=r"blocks.0.*without calibration tokens"):
-        quantize_model(decoder, METHODS["rtn"](), NVFP4, None, Nowhere())
+        quantize_model(decoder, built("rtn"), NVFP4, None, Nowhere())
