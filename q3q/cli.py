@@ -61,6 +61,8 @@ def run_alone(config: DictConfig) -> object:
         settings = replace(settings, absent=absent)
     _refuse_many(config, settings.request, overrides)
     lines = without_effect(given, [trial.spec])
+    if config.evaluation.floor:
+        lines.append("evaluation.floor=true has no effect without -m: only sweeps add its trial")
     if not settings.fresh:
         lines += _without_effect_on_finished(trial, overrides)
     if not overrides:

@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 
 from q3q.config.arguments import understood
 from q3q.config.command import command_of
-from q3q.config.judged import floor_job, floor_of, original_job
+from q3q.config.judged import original_job
 from q3q.config.model import DEMO_MODELS
+from q3q.config.noise_floor import floor_job, floor_of
 from q3q.data.windows import evaluation_windows
 from q3q.errors import CheckpointError, ConfigError, IncompatibleError
 from q3q.evaluate.compare import compare
@@ -23,8 +24,10 @@ from q3q.models.likeness import note_of
 from q3q.numerics.divergence import kl_divergence
 from q3q.placement import Trial
 from q3q.record import JUDGED
+from q3q.report.certainty import noise_floors
 from q3q.report.judged import NOISE, OVER_FLOOR, UNTESTED, UNTOLD, benches, findings_of
 from q3q.spec import MEAN_ACCURACY
+from q3q.sweep.grid import unquantized
 from q3q.trial import run_trial
 from tests.composed import composed_trial
 
@@ -83,14 +86,10 @@ def records(judge, fp8):
     """The records of the checkpoint, of the original and of its noise floor."""
     trial = judge(fp8)
     original = replace(trial.spec, model=trial.spec.reference, reference=None)
-    floor = floor_of(trial.spec)
-    local = trial.placement.reference
-    at = {"spec": original, "model": local}, {"spec": floor, "model": local}
-    others = [
-        Trial(one["spec"], replace(trial.placement, model=one["model"], baseline=None))
-        for one in at
-    ]
-    return [run_trial(one) for one in (trial, *others)]
+    floor = floor_of(trial)
+    assert floor is not None
+    placed = trial.placed(model=trial.placement.reference, baseline=None)
+    return [run_trial(one) for one in (trial, replace(placed, spec=original), floor)]
 
 
 def test_a_checkpoints_kl_is_that_of_its_files_beside_the_originals(judge, fp8, records):
@@ -116,14 +115,38 @@ def test_a_checkpoints_kl_is_that_of_its_files_beside_the_originals(judge, fp8, 
 
 def test_the_noise_floor_is_the_original_in_another_type(judge, fp8, records):
     trial = judge(fp8)
-    floor, [_, _, measured] = floor_of(trial.spec), records
+    floor, [_, _, measured] = floor_of(trial), records
     assert floor is not None
-    assert (floor.model.dtype, floor.reference) == ("bfloat16", trial.spec.reference)
+    assert (floor.spec.model.dtype, floor.spec.reference) == ("bfloat16", trial.spec.reference)
     assert 0 < measured.metrics["kl_floor/library"] < records[0].metrics["kl/library"]
     words = [f"model.source={fp8}", "model.reference=demo", "model=judge", "evaluation=demo"]
     assert original_job(words) == ["evaluation=demo", "model=demo"]
-    assert floor_job(words, trial.spec)[-2:] == ["model.source=demo", "model.dtype=bfloat16"]
+    assert composed_trial(*floor_job([*words, "kv_bits=2", "method=none"], floor)).id == floor.id
     assert judge("demo", "model.dtype=bfloat16").id == floor.id
+
+
+@pytest.mark.parametrize("model", ["demo", "local"])
+def test_the_floor_of_any_trial_is_its_model_beside_itself(tmp_path, model):
+    words = ["method=rtn", "evaluation=demo", "evaluation.limit=2", "evaluation.window=64"]
+    words += [f"storage={tmp_path}", "kv_bits=4", "bits=3"]
+    words += ["model=demo"]
+    if model == "local":
+        words[-1:] = ["model=local", f"model.path={DEMO}", "model.name=mine", "dtype=bfloat16"]
+    trial = composed_trial(*words)
+    floor = floor_of(trial)
+    assert floor is not None
+    assert floor.spec.reference == trial.spec.model
+    assert floor.spec.model.dtype != trial.spec.model.dtype
+    assert not floor.spec.evaluation.tasks
+    composed = composed_trial(*floor_job(unquantized(words), floor))
+    assert composed.spec == floor.spec
+    assert composed.placement.baseline is None
+    record = run_trial(composed)
+    floors = {name for name in record.metrics if name.startswith("kl_floor")}
+    assert floors == {"kl_floor/stories", "kl_floor/library"}
+    assert any(f"noise for {trial.spec.model.label}" in line for line in noise_floors([record]))
+    # Another evaluation without KL has no floor.
+    assert floor_of(composed_trial(*words, "evaluation.drift=false")) is None
 
 
 def test_the_report_ranks_checkpoints_and_says_what_is_noise(records):
@@ -152,10 +175,10 @@ def test_the_report_ranks_checkpoints_and_says_what_is_noise(records):
 
 def test_a_rounded_cache_is_the_checkpoints_alone(judge, fp8, records):
     trial = judge(fp8, "kv_bits=2")
-    floor = floor_of(trial.spec)
-    assert floor == floor_of(judge(fp8).spec)
-    words = ["model=judge", "model.reference=demo", "kv_bits=2", "+kv_window=4", "seed=3"]
-    assert not any("kv_" in word for word in floor_job(words, trial.spec))
+    floor, plain = floor_of(trial), floor_of(judge(fp8))
+    assert floor is not None
+    assert plain is not None
+    assert floor.spec == plain.spec
     candidate, _, measured = records
     rounded = [
         replace(record, spec=replace(record.spec, kv=KvScheme(bits=bits)))

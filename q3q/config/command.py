@@ -24,7 +24,7 @@ def command_of(trial: Trial) -> str:
     words += [override("export", trial.spec.export)] if trial.spec.export else []
     words += [override("data.path", trial.placement.data)] if trial.placement.data else []
     seed = override("seed", trial.spec.seed)
-    return launch([*words, *_calibration(trial), *_evaluation(trial), seed])
+    return launch([*words, *_calibration(trial), *evaluation_words(trial), seed])
 
 
 def export_command(trial: Trial, form: str) -> str:
@@ -63,7 +63,7 @@ def _quantization(trial: Trial) -> list[str]:
     return words
 
 
-def _judged(trial: Trial) -> list[str]:
+def judged_words(trial: Trial) -> list[str]:
     """Return the words for a checkpoint and the original that it is compared with."""
     spec, reference = trial.spec, trial.spec.reference
     assert reference is not None
@@ -86,7 +86,7 @@ def _place(model: ModelRef, folder: Path | None) -> str:
 
 def _model(trial: Trial) -> list[str]:
     if trial.spec.reference is not None:
-        return _judged(trial)
+        return judged_words(trial)
     model, dtype = trial.spec.model, override("dtype", trial.spec.model.dtype)
     if model.source is not None:
         revision = override("model.revision", model.revision)
@@ -173,7 +173,8 @@ def _source_of_part(part: CalibrationPart, placement: Placement) -> str:
     return f"{part.source}:{placement.calibration_file(part.digest) or 'FILE'}"
 
 
-def _evaluation(trial: Trial) -> list[str]:
+def evaluation_words(trial: Trial) -> list[str]:
+    """Return the words for what the trial measures."""
     evaluation, placement = trial.spec.evaluation, trial.placement
     named = placement.texts or {}
     sources: list[object] = [

@@ -5,21 +5,17 @@ folder, a GGUF file, or a page of conf/model.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
 from q3q import quoting
-from q3q.config.arguments import JUDGE
 from q3q.config.pages import CONF, hub_sources, page_of
 from q3q.config.schema import DEMO_NAMES
 from q3q.errors import ConfigError, IncompatibleError
 from q3q.models.facts import ModelFacts
-from q3q.spec import ModelRef, TrialSpec
+from q3q.spec import ModelRef
 
-# The type in which the original runs once more, to see what rounding alone costs.
-OTHER_TYPE = {"float32": "bfloat16", "bfloat16": "float32", "float16": "float32"}
 # Facts that a checkpoint shares with its original, and their names for people.
 SHARED = {
     "vocab": "tokens in the vocabulary",
@@ -65,8 +61,14 @@ def as_candidate(config: DictConfig) -> DictConfig:
 
 
 def as_reference(config: DictConfig) -> DictConfig:
-    """Return the config of the original, as if it were given alone."""
-    return _at(config, config.model.reference)
+    """Return the config of the original, as if it were given alone.
+
+    A model that is its own original has one name, the one that was given.
+    """
+    changed = _at(config, config.model.reference)
+    if config.model.reference == config.model.source:
+        changed.model.name = config.model.name or changed.model.name
+    return changed
 
 
 def refuse_other_shapes(
@@ -97,37 +99,10 @@ def refuse_quantizing(method: str) -> None:
     )
 
 
-def floor_of(spec: TrialSpec) -> TrialSpec | None:
-    """Return the trial that measures what rounding alone costs the original; None without texts.
-
-    It is the original, computed in another type: what is nearer to the original than this cannot
-    be told from it. Its cache is not rounded, whatever is asked of the checkpoint's.
-    """
-    reference = spec.reference
-    if reference is None or spec.evaluation.drift is None:
-        return None
-    other = replace(reference, dtype=OTHER_TYPE[reference.dtype])
-    return replace(spec, model=other, kv=None)
-
-
 def original_job(overrides: Sequence[str]) -> list[str]:
     """Return a judged job's overrides for the original's own trial."""
     place = _value(overrides, "model.reference")
     return [*_others(overrides), *_words(place)]
-
-
-def floor_job(overrides: Sequence[str], spec: TrialSpec) -> list[str]:
-    """Return a judged job's overrides for the trial of `floor_of`."""
-    place, floor = _value(overrides, "model.reference"), floor_of(spec)
-    assert floor is not None
-    assert spec.reference is not None
-    return [
-        *(one for one in _others(overrides) if not one.lstrip("+~").startswith("kv_")),
-        f"model={JUDGE}",
-        quoting.override("model.reference", place),
-        quoting.override("model.source", place),
-        f"model.dtype={floor.model.dtype}",
-    ]
 
 
 def _others(overrides: Sequence[str]) -> list[str]:

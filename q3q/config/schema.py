@@ -100,6 +100,8 @@ class EvaluationConfig:
     drift: true: measure the divergence from the unquantized model
     drift_windows: windows of each text for that; null: as many as take a GiB of disk, else 32
     baseline: true: compare with the unquantized model
+    floor: true: a sweep measures what rounding alone costs the unquantized model too, and the
+        report says which divergences are noise
     """
 
     name: str = MISSING
@@ -119,6 +121,7 @@ class EvaluationConfig:
     drift: bool = True
     drift_windows: int | None = None
     baseline: bool = True
+    floor: bool = False
 
 
 @dataclass

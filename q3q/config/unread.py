@@ -14,7 +14,8 @@ SCHEME = (
 )
 OF_BUDGET = ("unit", "widths", "measure", "samples", "length")
 OF_CACHE = ("kv_format", "kv_scales", "kv_group_size", "kv_chunk", "kv_window", "kv_symmetric")
-OF_TEXTS = ("evaluation.window", "evaluation.drift", "evaluation.drift_windows")
+OF_DRIFT = ("evaluation.drift_windows", "evaluation.floor")
+OF_TEXTS = ("evaluation.window", "evaluation.drift", *OF_DRIFT)
 OF_TASKS = ("evaluation.task_limit", "evaluation.num_fewshot", "evaluation.include_path")
 
 
@@ -48,6 +49,8 @@ def unread(spec: TrialSpec) -> dict[str, str]:
         keys |= dict.fromkeys(("kv_bits", *OF_CACHE) if nothing else OF_CACHE, reason)
     if not spec.evaluation.texts:
         keys |= dict.fromkeys(OF_TEXTS, "no text is evaluated")
+    elif spec.evaluation.drift is None:
+        keys |= dict.fromkeys(OF_DRIFT, "evaluation.drift=false measures no divergence")
     if not spec.evaluation.tasks:
         keys |= dict.fromkeys(OF_TASKS, "no task is evaluated")
     return keys

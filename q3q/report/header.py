@@ -6,6 +6,7 @@ from q3q.config.schema import TEXT_NAMES
 from q3q.formatting import plural, significant
 from q3q.number_formats import INT, own_form
 from q3q.record import TrialRecord
+from q3q.report.judged import is_floor
 from q3q.report.measures import by_model, in_order
 from q3q.report.sizes import parameters_of
 from q3q.spec import Scheme
@@ -68,7 +69,8 @@ def _models(records: Sequence[TrialRecord]) -> str:
         known = (size for record in trials if (size := parameters_of(record)) is not None)
         parameters = next(known, None)
         counted = "" if parameters is None else f"{_count(parameters)} parameters, "
-        types = " and ".join(dict.fromkeys(record.spec.model.dtype for record in trials))
+        own = [record for record in trials if not is_floor(record)]
+        types = " and ".join(dict.fromkeys(record.spec.model.dtype for record in own or trials))
         source = next((r.spec.model.source for r in trials if r.spec.model.source), None)
         of_hub = f" ({source})" if source and source != model else ""
         words.append(f"{model}{of_hub}, {counted}{types}")

@@ -374,7 +374,7 @@ def _bench(group: Sequence[TrialRecord], records: Sequence[TrialRecord]) -> Benc
         for record in records
         if record.completed and record.spec.rounds_nothing and conditions_of(record.spec) == own
     ]
-    floors = [one for one in group if _is_floor(one)]
+    floors = [one for one in group if is_floor(one)]
     others = [one for one in group if one not in floors]
     if not originals or not others:
         return None
@@ -411,7 +411,7 @@ def _texts_of(spec: TrialSpec) -> list[str]:
     return [text.name for text in texts]
 
 
-def _is_floor(record: TrialRecord) -> bool:
+def is_floor(record: TrialRecord) -> bool:
     """Return True for the original in another type.
 
     In its own type, or with a rounded cache, it was given as one of the checkpoints.

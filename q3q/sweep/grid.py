@@ -275,7 +275,7 @@ def _leaves_rows_alone(key: str) -> bool:
         return False
     group = key.replace("/", ".").partition(".")[0]
     own = (*SWEEP_SETTINGS, *RUN_SETTINGS, "hydra")
-    return key in ("study", "evaluation.baseline") or group in own
+    return key in ("study", "evaluation.baseline", "evaluation.floor") or group in own
 
 
 def _would_change_all(study: str, override: Override, swept: Mapping[str, Sequence[str]]) -> str:

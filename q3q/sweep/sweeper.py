@@ -19,9 +19,10 @@ from omegaconf import DictConfig
 
 from q3q.config.arguments import as_typed
 from q3q.config.composing import Composer
-from q3q.config.judged import floor_job, floor_of, original_job
+from q3q.config.judged import original_job
 from q3q.config.model import facts_of
 from q3q.config.needs import AnyNeed, everything_unavailable, fetching, to_download, union
+from q3q.config.noise_floor import floor_job, floor_of
 from q3q.config.resolve import trial_from
 from q3q.config.unread import without_effect
 from q3q.errors import ConfigError, UnavailableError
@@ -104,7 +105,8 @@ class StudySweeper(Sweeper):
         notes = without_effect(OverridesParser.create().parse_overrides(typed), specs)
         requested, baselines = set(trials), self._baselines(trials)
         trials |= baselines
-        trials |= (floors := self._floors(trials, len(baselines)))
+        measured = bool(jobs.config.evaluation.floor)
+        trials |= (floors := self._floors(trials, len(baselines), measured=measured))
         if baselines:
             models = ", ".join(str(entry.trial.spec.model.name) for entry in baselines.values())
             print(
@@ -113,9 +115,10 @@ class StudySweeper(Sweeper):
             )
         for entry in floors.values():
             model = entry.trial.spec.model
+            setting = "evaluation.floor" if measured else "evaluation.baseline"
             print(
                 f"{model.name} in {model.dtype} is added, to see what rounding alone costs; "
-                "evaluation.baseline=false leaves it out"
+                f"{setting}=false leaves it out"
             )
         settings = StudySettings.of(jobs.config)
         absent = to_download(union(needs), fetch) if settings.plan_only else ""
@@ -177,29 +180,33 @@ class StudySweeper(Sweeper):
             added[baseline] = SweepTrial(trial, facts_of(config), jobs)
         return added
 
-    def _floors(self, trials: dict[str, SweepTrial], added: int) -> dict[str, SweepTrial]:
-        """Return the trials that measure judged checkpoints' noise floors, which are not there.
+    def _floors(
+        self, trials: dict[str, SweepTrial], added: int, *, measured: bool
+    ) -> dict[str, SweepTrial]:
+        """Return the trials that measure noise floors, which are not there.
 
         Args:
             added: number of other trials that were added.
+            measured: of all trials; otherwise of judged checkpoints alone.
         """
         assert self.config is not None
         assert self.hydra_context is not None
         composer = Composer(self.hydra_context.config_loader, self.config)
         floors = dict[str, SweepTrial]()
         for entry in trials.values():
-            floor = floor_of(entry.trial.spec)
-            if floor is None or entry.trial.placement.baseline is None:
+            judged = entry.trial.spec.reference is not None
+            compared = entry.trial.placement.baseline is not None
+            floor = floor_of(entry.trial) if (compared if judged else measured) else None
+            if floor is None or floor.id in trials or floor.id in floors:
                 continue
-            if floor.id in trials or floor.id in floors:
-                continue
-            overrides = floor_job(next(iter(entry.jobs.values())), entry.trial.spec)
+            overrides = floor_job(unquantized(next(iter(entry.jobs.values()))), floor)
             config = composer.compose(overrides)
             trial = trial_from(config)
             if trial.id != floor.id:
+                setting = "evaluation.baseline" if judged else "evaluation.floor"
                 raise ConfigError(
                     f"the noise floor of {entry.trial.spec.name} cannot be made from this command "
-                    f"({' '.join(overrides)}): give evaluation.baseline=false"
+                    f"({' '.join(overrides)}): give {setting}=false"
                 )
             jobs = {-1 - added - len(floors): tuple(overrides)}
             floors[floor.id] = SweepTrial(trial, facts_of(config), jobs)

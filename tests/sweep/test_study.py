@@ -45,6 +45,8 @@ def launch(storage: Path, *arguments: str) -> tuple[int, str]:
 
 def records(storage: Path) -> dict[str, dict]:
     def name(record: dict) -> str:
+        if record["spec"].get("reference"):
+            return "floor"
         return record["spec"]["method"]["name"] + str(
             (record["spec"]["scheme"] or {}).get("bits", "")
         )
@@ -101,7 +103,7 @@ def runs(storage: Path) -> tuple[list, list]:
 def swept(tmp_path_factory):
     """One sweep with a worker killed by SIGKILL while it quantizes, and all that it left."""
     storage = tmp_path_factory.mktemp("swept")
-    process = start(storage, "-m", "method=rtn,gptq", "bits=2,4")
+    process = start(storage, "-m", "method=rtn,gptq", "bits=2,4", "evaluation.floor=true")
     deadline = time.monotonic() + 120
     killed = None
     while killed is None and time.monotonic() < deadline and process.poll() is None:
@@ -120,7 +122,7 @@ def swept(tmp_path_factory):
 def test_a_killed_worker_costs_nothing(swept):
     storage, code, output, killed = swept
     assert code == 0, output
-    assert len(records(storage)) == 5
+    assert len(records(storage)) == 6
     assert {record["status"] for record in records(storage).values()} == {"COMPLETED"}
     assert f"pid {killed}" in output  # the death was seen, and said
 
@@ -130,12 +132,15 @@ def test_the_unquantized_model_is_added_and_all_are_compared_with_it(swept):
     assert "method=none of demo is added, to compare with" in output
     found = records(storage)
     assert found["none"]["comparisons"] == {}
-    for name in set(found) - {"none"}:
+    for name in set(found) - {"none", "floor"}:
         compared = found[name]["comparisons"]["perplexity/stories"]
         ours, theirs = (found[one]["metrics"]["perplexity/stories"] for one in (name, "none"))
         assert compared["difference"] == pytest.approx(math.log(ours / theirs))
         assert compared["n"] == 4
-    assert found["rtn2"]["metrics"]["kl/stories"] > found["rtn4"]["metrics"]["kl/stories"] > 0
+    floor = found["floor"]["metrics"]["kl_floor/stories"]
+    kls = [found[name]["metrics"]["kl/stories"] for name in ("rtn4", "rtn2")]
+    assert 0 < floor < kls[0] < kls[1]
+    assert "demo in bfloat16 is added, to see what rounding alone costs" in output
 
 
 def test_the_table_and_the_report_are_there(swept):
@@ -146,6 +151,9 @@ def test_the_table_and_the_report_are_there(swept):
     assert {"results.csv", "results.md", "perplexity.png"} <= {
         path.name for path in folder.iterdir()
     }
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert "is noise for demo" in page  # the floor is no choice of the table, but is said
+    assert "bfloat16" not in (folder / "results.md").read_text(encoding="utf-8").partition("##")[0]
     assert "\x1b" not in output  # a pipe is no terminal
 
 
@@ -153,7 +161,7 @@ def test_mlflow_has_what_ran(swept):
     storage, *_ = swept
     parents, children = runs(storage)
     assert len(parents) == 1
-    assert len(children) == 5
+    assert len(children) == 6
     assert all(
         child.data.tags["mlflow.parentRunId"] == parents[0].info.run_id for child in children
     )
@@ -179,14 +187,14 @@ def test_mlflow_has_what_ran(swept):
 def test_the_same_command_again_runs_nothing(swept):
     storage, *_ = swept
     before = {path: path.stat().st_mtime_ns for path in storage.glob("trials/*/record.json")}
-    code, output = launch(storage, "-m", "method=rtn,gptq", "bits=2,4")
+    code, output = launch(storage, "-m", "method=rtn,gptq", "bits=2,4", "evaluation.floor=true")
     assert code == 0, output
     assert "done already" in output
     assert {
         path: path.stat().st_mtime_ns for path in storage.glob("trials/*/record.json")
     } == before
     parents, children = runs(storage)
-    assert (len(parents), len(children)) == (1, 5)
+    assert (len(parents), len(children)) == (1, 6)
 
 
 def test_another_evaluation_says_when_it_has_to_quantize_again(swept):
