@@ -21,6 +21,7 @@ GONE = (errno.EIO, errno.EPIPE)  # of a terminal, and of a pipe that nobody read
 _told = 0  # the signal that raised SystemExit, until somebody has heard of it
 _decides = False  # `own_exit_code` will end this process
 _at_once = False  # and will do so without cleaning up
+_last_acts: list[Callable[[], None]] = []  # but for these
 
 
 def end_well() -> None:
@@ -51,20 +52,27 @@ def own_exit_code() -> Iterator[None]:
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError, ValueError):
                 stream.flush()
+        for act in _last_acts:
+            act()
         os._exit(code if isinstance(code, int) else 0 if code is None else 1)
 
 
-def end_at_once() -> bool:
+def end_at_once(last_act: Callable[[], None] | None = None) -> bool:
     """Let `own_exit_code` end this process without Python's own cleaning up.
 
     For a library whose core may wait for what is gone: it would end the process by itself, without
     a word and with a code that says nothing.
+
+    Args:
+        last_act: what this process still does, right before it ends.
 
     Returns:
         whether there is such a block, which ends this process.
     """
     global _at_once
     _at_once = _decides
+    if _at_once and last_act is not None:
+        _last_acts.append(last_act)
     return _decides
 
 

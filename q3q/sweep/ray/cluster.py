@@ -132,11 +132,10 @@ class Cluster:
         trace: TracebackType | None,
     ) -> None:
         told = isinstance(error, (SystemExit, KeyboardInterrupt))
-        if told and self.address is None and ending.end_at_once():
-            # Whoever told this process to end may have told Ray's as well; where they are gone, its
-            # core ends this one with a code of its own.
-            kill_servers()
-        else:
+        # Once Ray is gone, its core ends this process with a code of its own, so Ray stays until
+        # the report is written. Whoever told this process to end may have told Ray's as well, so
+        # nobody waits for their answer.
+        if not (told and self.address is None and ending.end_at_once(kill_servers)):
             self.stop()
 
     def total(self) -> Resources:
