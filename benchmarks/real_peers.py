@@ -7,8 +7,10 @@ the official drivers (tests/fidelity/plain.py), to llm-compressor and, for GPTQ,
 compute in float32. The same code judges every model, as in `benchmarks/methods.py`, which also says
 how the environments of the peers are made and what the seconds are.
 
-MODEL and the two texts are those of `benchmarks/real_model.py`. Each finished turn is a line of
-STORAGE/peers.jsonl, and is not taken again. SIGTERM or Ctrl-C stops after the running turn.
+MODEL and the two texts are those of `benchmarks/real_model.py`. `--seeds 0 1 2` draws the
+calibration windows three times: at few bits one draw, or the order of a sum, moves a KL by several
+percent. Each finished turn is a line of STORAGE/peers.jsonl, and is not taken again; `--methods`
+and `--bits` choose turns. SIGTERM or Ctrl-C stops after the running turn.
 """
 
 import argparse
@@ -17,7 +19,7 @@ import math
 import statistics
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -60,6 +62,7 @@ class Turn:
 
     seconds: of quantizing alone; cpu: processor seconds of the same
     divergences: KL from the unquantized model in each window, nats a token
+    seed: of the draw of calibration windows
     """
 
     method: str
@@ -69,45 +72,52 @@ class Turn:
     divergences: list[float]
     seconds: float
     cpu: float
+    seed: int = 0
 
     @property
     def kl(self) -> float:
         return statistics.fmean(self.divergences)
 
 
-def tokens_of(options: argparse.Namespace, path: Path) -> Tensor:
-    """Write the calibration windows to a file; return the windows to judge on."""
+def calibration_windows(options: argparse.Namespace, seed: int) -> Tensor:
     encode = encoder(load_tokenizer(options.model))
     text = load_text("file", split="calibration", path=options.calibration)
     samples, length = options.samples, options.length
-    windows = draw_windows(text, encode, samples=samples, length=length, draw="random", seed=0)
-    save_file({"calibration": windows}, path)
+    return draw_windows(text, encode, samples=samples, length=length, draw="random", seed=seed)
+
+
+def judged_windows(options: argparse.Namespace) -> Tensor:
     test = load_text("file", split="evaluation", path=options.test)
+    encode = encoder(load_tokenizer(options.model))
     return consecutive_windows(encode(test.joined), LENGTH, options.windows)
 
 
 def contest(options: argparse.Namespace) -> None:
     """Take the turns that are missing."""
     options.cache.mkdir(parents=True, exist_ok=True)
-    taken = {(turn.method, turn.bits, turn.name) for turn in read(options.storage)}
+    taken = {(turn.method, turn.bits, turn.name, turn.seed) for turn in read(options.storage)}
     work = [
-        (method, bits, contender)
-        for method, contenders in CONTENDERS.items()
-        for bits in BITS
-        for contender in contenders
-        if (method, bits, contender.name) not in taken
+        (seed, method, bits, contender)
+        for seed in options.seeds
+        for method in options.methods
+        for bits in options.bits
+        for contender in CONTENDERS[method]
+        if (method, bits, contender.name, seed) not in taken
     ]
     stop = Stop()
     with tempfile.TemporaryDirectory() as scratch, torch.inference_mode():
-        tokens = Path(scratch) / "tokens.safetensors"
-        windows = tokens_of(options, tokens)
-        judge = Judge(load_decoder(Checkpoint(options.model), torch.float32), windows)
+        judge = Judge(
+            load_decoder(Checkpoint(options.model), torch.float32), judged_windows(options)
+        )
         if not any(turn.name == "unquantized" for turn in read(options.storage)):
             keep(options.storage, Turn("", 0, "unquantized", judge.scores().perplexity, [0], 0, 0))
-        for method, bits, contender in work:
+        for seed, method, bits, contender in work:
             if stop.asked:
                 print("stopped: the same command goes on", flush=True)
                 return
+            tokens = Path(scratch) / f"tokens-{seed}.safetensors"
+            if not tokens.exists():
+                save_file({"calibration": calibration_windows(options, seed)}, tokens)
             job = Job(
                 model=str(options.model),
                 tokens=str(tokens),
@@ -120,6 +130,7 @@ def contest(options: argparse.Namespace) -> None:
                 threads=options.threads,
                 options=contender.options,
             )
+            words = f"{method} {bits} bits, seed {seed}, {contender.name}"
             try:
                 python = Path(sys.executable)
                 if contender.peer:
@@ -129,7 +140,7 @@ def contest(options: argparse.Namespace) -> None:
                 weights = load_file(turn.folder / "weights.safetensors")
                 scores = judge.scores(weights, bits, GROUP_SIZE)
             except ContenderError as failure:
-                print(f"{method} {bits} bits, {contender.name}: {failure}", flush=True)
+                print(f"{words}: {failure}", flush=True)
                 continue
             found = Turn(
                 method,
@@ -139,9 +150,10 @@ def contest(options: argparse.Namespace) -> None:
                 scores.divergences,
                 turn.seconds,
                 turn.cpu,
+                seed,
             )
             keep(options.storage, found)
-            print(f"{method} {bits} bits, {found.name}: KL {found.kl:.5f}", flush=True)
+            print(f"{words}: KL {found.kl:.5f}", flush=True)
 
 
 def read(storage: Path) -> list[Turn]:
@@ -156,45 +168,58 @@ def keep(storage: Path, turn: Turn) -> None:
 
 
 def table(turns: Iterable[Turn]) -> str:
+    """Tabulate the turns, a row for all draws of one quantizer."""
     lines = [
-        "| method | bits | quantizer | perplexity | KL, nats a token | q3q's KL over it "
+        "| method | bits | quantizer | draws | perplexity | KL, nats a token | q3q's KL over it "
         "| processor seconds |",
-        "|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|",
     ]
     turns = list(turns)
     whole = next((one for one in turns if one.name == "unquantized"), None)
     if whole is not None:
-        lines.append(f"| | | unquantized | {whole.perplexity:.3f} | | | |")
-    order = {contender.name: k for k, contender in enumerate(CONTENDERS["gptq"])}
-    ranked = [turn for turn in turns if turn.name in order]
-    for turn in sorted(ranked, key=lambda one: (one.method != "gptq", -one.bits, order[one.name])):
-        mine = turn.method, turn.bits, "q3q"
-        own = [one for one in ranked if (one.method, one.bits, one.name) == mine]
-        over = ratio(own[0], turn) if own and turn.name != "q3q" else ""
-        lines.append(
-            f"| {turn.method} | {turn.bits} | {turn.name} | {turn.perplexity:.3f} | {turn.kl:.5f} "
-            f"| {over} | {turn.cpu:.0f} |"
-        )
-    taken = {(one.method, one.bits, one.name) for one in turns}
-    missing = [
-        f"{method} {bits} bits by {contender.name}"
+        lines.append(f"| | | unquantized | | {whole.perplexity:.3f} | | | |")
+    work = [
+        (method, bits, contender.name)
         for method, contenders in CONTENDERS.items()
-        for bits in BITS
+        for bits in sorted(BITS, reverse=True)
         for contender in contenders
-        if (method, bits, contender.name) not in taken
     ]
+    rows = {key: [t for t in turns if (t.method, t.bits, t.name) == key] for key in work}
+    for (method, bits, name), some in rows.items():
+        if not some:
+            continue
+        over = "" if name == Q3Q.name else ratio(rows[method, bits, Q3Q.name], some)
+        perplexity, kl, cpu = (
+            statistics.fmean(getattr(turn, key) for turn in some)
+            for key in ("perplexity", "kl", "cpu")
+        )
+        lines.append(
+            f"| {method} | {bits} | {name} | {len(some)} | {perplexity:.3f} | {kl:.5f} | {over} "
+            f"| {cpu:.0f} |"
+        )
+    missing = [f"{m} {bits} bits by {name}" for (m, bits, name), some in rows.items() if not some]
     return "\n".join([*lines, *(["", f"Not run: {'; '.join(missing)}."] if missing else [])])
 
 
-def ratio(own: Turn, other: Turn) -> str:
-    """Return q3q's KL over another's, in percent, with a 95 % interval of the paired windows."""
-    pairs = list(zip(own.divergences, other.divergences, strict=True))
-    logs = [math.log(a / b) for a, b in pairs]
-    middle = math.log(own.kl / other.kl)
+def ratio(own: Sequence[Turn], others: Sequence[Turn]) -> str:
+    """Return q3q's KL over another's, in percent, with a 95 % interval.
+
+    The interval is over the draws that both have; of a single one over windows, which leaves the
+    luck of the draw out, and is then marked with an asterisk.
+    """
+    pairs = [(a, b) for a in own for b in others if a.seed == b.seed]
+    if not pairs:
+        return ""
+    logs = [math.log(a.kl / b.kl) for a, b in pairs]
+    middle, mark = statistics.fmean(logs), ""
+    if len(pairs) == 1:
+        [(a, b)] = pairs
+        logs = [math.log(x / y) for x, y in zip(a.divergences, b.divergences, strict=True)]
+        mark = " \\*"
     n = len(logs)
     half = float(t.ppf(0.975, n - 1)) * statistics.stdev(logs) / math.sqrt(n)
     low, high = (100 * math.expm1(middle + sign * half) for sign in (-1, 1))
-    return f"{100 * math.expm1(middle):+.1f} % [{low:+.1f}, {high:+.1f}]"
+    return f"{100 * math.expm1(middle):+.1f} % [{low:+.1f}, {high:+.1f}]{mark}"
 
 
 def main() -> None:
@@ -208,6 +233,9 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=8, help="of 2,048 tokens, to measure on")
     parser.add_argument("--samples", type=int, default=16, help="windows to calibrate on")
     parser.add_argument("--length", type=int, default=512, help="tokens of each of these")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of their draws")
+    parser.add_argument("--methods", nargs="+", choices=[*CONTENDERS], default=[*CONTENDERS])
+    parser.add_argument("--bits", type=int, nargs="+", choices=BITS, default=[*BITS])
     parser.add_argument(
         "--cache",
         type=Path,
