@@ -12,6 +12,7 @@ SIGTERM or Ctrl-C stops after the running trial; `--tables` runs nothing.
 """
 
 import argparse
+import itertools
 import json
 import random
 from dataclasses import dataclass
@@ -19,14 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import fidelity
-from real_model import GROUP_SIZE, LENGTH, NAME, TEXT, Cell, Stop, launch, short, with_interval
+from real_model import GROUP_SIZE, NAME, TEXT, Cell, Stop, launch, short, with_interval
 
 from q3q.data.texts import load_text
 from q3q.limits import cores
 from q3q.models.demo.library import training_text
 
 BITS = (2, 3)
-PIECE, PIECES = 4_000, 80  # characters of a text in a mix; pieces of each text
+PIECE = 4_000  # characters
 
 
 @dataclass(frozen=True)
@@ -35,13 +36,15 @@ class Question:
 
     marker: of the table in docs/FIDELITY.md
     words: for launch.py, of all trials
+    pieces: most of each text that are used
     measured: texts, by their names in metrics
-    samples, length: windows to calibrate on, and tokens of each
+    samples, length: windows to calibrate on (the fewest run first), and tokens of each
     """
 
     marker: str
     words: list[str]
     texts: dict[str, str]
+    pieces: int
     measured: tuple[str, str]
     group_size: int
     samples: list[int]
@@ -56,6 +59,7 @@ def demo_question() -> Question:
             "stories": load_text("demo", split="calibration").joined,
             "library": training_text(),
         },
+        pieces=80,
         measured=("stories", "library"),
         group_size=128,
         samples=[32, 128],
@@ -80,17 +84,18 @@ def real_question(options: argparse.Namespace) -> Question:
         marker="real calibration",
         words=words,
         texts={name: Path(path).read_text(encoding="utf-8") for name, path in given.items()},
+        pieces=280,
         measured=(options.test.stem, "library"),
         group_size=GROUP_SIZE,
-        samples=[16, 64],
-        length=LENGTH,
+        samples=[16, 64, 256],
+        length=512,
     )
 
 
 def write_texts(question: Question, folder: Path) -> dict[str, Path]:
     """Write a part of each text, and their mix; return the files by name."""
     folder.mkdir(parents=True, exist_ok=True)
-    pieces = {name: pieces_of(text) for name, text in question.texts.items()}
+    pieces = {name: pieces_of(text)[: question.pieces] for name, text in question.texts.items()}
     contents = {name: "\n".join(some) for name, some in pieces.items()}
     turns = zip(*pieces.values(), strict=False)
     contents["mix"] = "\n".join(piece for turn in turns for piece in turn)
@@ -104,24 +109,22 @@ def pieces_of(text: str) -> list[str]:
     """Return pieces from all over a text, always the same ones."""
     pieces = [text[start : start + PIECE] for start in range(0, len(text), PIECE)]
     random.Random(0).shuffle(pieces)
-    return pieces[:PIECES]
+    return pieces
 
 
 def run(question: Question, storage: Path, files: dict[str, Path], threads: int) -> None:
     stop = Stop()
     work = [["method=none"]]
-    for bits in BITS:
-        work.append(Cell("rtn", bits, question.group_size).words)
-        for samples in question.samples:
-            for file in files.values():
-                calibration = [
-                    "calibration=file",
-                    f"calibration.path={file}",
-                    f"calibration.samples={samples}",
-                    f"calibration.length={question.length}",
-                    "calibration.draw=random",
-                ]
-                work.append([*Cell("gptq", bits, question.group_size).words, *calibration])
+    work += [Cell("rtn", bits, question.group_size).words for bits in BITS]
+    for samples, bits, file in itertools.product(question.samples, BITS, files.values()):
+        calibration = [
+            "calibration=file",
+            f"calibration.path={file}",
+            f"calibration.samples={samples}",
+            f"calibration.length={question.length}",
+            "calibration.draw=random",
+        ]
+        work.append([*Cell("gptq", bits, question.group_size).words, *calibration])
     for words in work:
         if stop.asked:
             print("stopped: the same command goes on", flush=True)
@@ -147,7 +150,15 @@ def table(question: Question, storage: Path, names: dict[str, str]) -> str:
         if record["status"] == "COMPLETED"
     ]
     body = [row for _, row in sorted(rows, key=lambda pair: pair[0])]
-    return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *body])
+    lines = [f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *body]]
+    found = {tuple(row[:4]) for row in body}
+    wanted = itertools.product(BITS, question.samples, names.values())
+    missing = [
+        f"{bits} bits on {samples} windows of {name}"
+        for bits, samples, name in wanted
+        if (str(bits), "gptq", name, str(samples)) not in found
+    ]
+    return "\n".join([*lines, *(["", f"Not run: {', '.join(missing)}."] if missing else [])])
 
 
 def row_of(
