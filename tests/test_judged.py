@@ -24,7 +24,7 @@ from q3q.models.likeness import note_of
 from q3q.numerics.divergence import kl_divergence
 from q3q.placement import Trial
 from q3q.record import JUDGED
-from q3q.report.certainty import noise_floors
+from q3q.report.divergences import noise_floors
 from q3q.report.judged import NOISE, OVER_FLOOR, UNTESTED, UNTOLD, benches, findings_of
 from q3q.spec import MEAN_ACCURACY
 from q3q.sweep.grid import unquantized

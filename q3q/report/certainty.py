@@ -1,7 +1,7 @@
 """How sure differences are: flipped answers, what the questions could show, equivalence."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, reduce
 from operator import add
@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 
 from q3q.evaluate.correction import holm
 from q3q.evaluate.power import effective_discordance, effective_questions, smallest_difference
-from q3q.formatting import percent, plural, significant
-from q3q.record import TrialRecord
+from q3q.formatting import percent, plural
 from q3q.report.changes import LEVEL
 from q3q.report.families import Families, probability
 from q3q.report.measures import ABSENT, is_accuracy, is_perplexity
@@ -22,8 +21,6 @@ from q3q.spec import MEAN_ACCURACY
 if TYPE_CHECKING:
     from q3q.evaluate.flips import Flips
 
-# A record's measures of the KL of the unquantized model with itself, and what a reader is told.
-FLOORS = {"kl_floor": "", "kl_floor_quick": " (a quick look)"}
 FLIPS_NOTE = (
     "Flipped: answers that changed from right to wrong or from wrong to right, of all answers, "
     "with a 95 % interval (arXiv 2407.09141). Smallest difference: what these questions find in "
@@ -189,27 +186,6 @@ class Certainty:
         return Table(
             title, ("choice", "change", "p", "p, corrected", f"within {margin}"), rows, note
         )
-
-
-def noise_floors(records: Sequence[TrialRecord]) -> list[str]:
-    """Return a sentence for each model and text whose KL's floor was measured.
-
-    The floor is the KL of the unquantized model with itself, computed in another type. A KL below
-    it says nothing of a quantization. A quick look has a floor of its own.
-    """
-    floors: dict[tuple[str, str], float] = {}
-    for record in records:
-        model = (record.spec.reference or record.spec.model).label
-        for name, value in record.metrics.items():
-            measure, _, text = name.partition("/")
-            if measure in FLOORS:
-                key = (model, text + FLOORS[measure])
-                floors[key] = max(value, floors.get(key, 0.0))
-    return [
-        f"A KL of {text} below {significant(value, 2)} is noise for {model}: the unquantized model "
-        "is as far from itself when its numbers are rounded otherwise."
-        for (model, text), value in floors.items()
-    ]
 
 
 def in_words(metric: str) -> str:

@@ -91,7 +91,9 @@ def change_between(ours: Pool, theirs: Pool, metric: str) -> Change | None:
     return _change(metric, value, theirs, difference(ours, theirs, metric) if testable else None)
 
 
-def p_of_pair(first: Pool, second: Pool, reference: Pool | None, metric: str) -> float | None:
+def p_of_pair(
+    first: Pool, second: Pool, reference: Pool | None, found: Change | None
+) -> float | None:
     """Return how often chance alone makes two pools differ so; None if that is unknown.
 
     They are compared by a paired test on the same windows and questions; where methods have several
@@ -100,10 +102,16 @@ def p_of_pair(first: Pool, second: Pool, reference: Pool | None, metric: str) ->
 
     Without samples, intervals that do not overlap still show a difference: what the two have in
     common only makes a paired test's interval narrower. Overlapping intervals show nothing.
+
+    Args:
+        found: the change from the second to the first; None if one has no number.
     """
+    if found is None:
+        return None
+    metric = found.metric
     if first.cell(metric) == second.cell(metric):
         return 1.0
-    paired = difference(first, second, metric)
+    paired = found.paired or difference(first, second, metric)
     if paired is not None:
         return p_of(paired)
     of_seeds = p_by_seeds(first, second, metric)

@@ -11,7 +11,7 @@ from itertools import combinations
 
 from q3q.evaluate.correction import holm
 from q3q.formatting import plural, significant
-from q3q.report.changes import LEVEL, Change, change, p_of_pair
+from q3q.report.changes import LEVEL, Change, change, change_between, p_of_pair
 from q3q.report.measures import is_perplexity, short
 from q3q.report.pools import Pool
 from q3q.report.tables import Table
@@ -31,10 +31,12 @@ class Family:
 
     name: what they compare, in words.
     p_values: of each test alone, None where it could not be made; by the names of what it compares.
+    changes: what changes to the first name from the second; None where it is unknown.
     """
 
     name: str
     p_values: Mapping[Pair, float | None]
+    changes: Mapping[tuple[str, str], Change | None]
 
     @property
     def size(self) -> int:
@@ -52,20 +54,24 @@ class Family:
 
     def table(self) -> Table:
         """Return a row for each test that was made, the clearest first, but for what is certain."""
-        made = sorted(self.corrected, key=lambda key: (self.p_values[key] or 0.0, sorted(key)))
+        tests = [(frozenset(names), *names, found) for names, found in self.changes.items()]
+        made = [test for test in tests if test[0] in self.corrected]
+        made.sort(key=lambda test: (self.p_values[test[0]] or 0.0, sorted(test[0])))
         certain = sum(p < CERTAIN for p in self.corrected.values())
         rows = tuple(
             (
-                " against ".join(sorted(key)),
+                f"{first} against {second}",
+                "-" if found is None else found.amount,
                 probability(self.p_values[key] or 0.0),
                 probability(self.corrected[key]),
                 "the same within chance" if self.same(key) else "different",
             )
-            for key in made
+            for key, first, second, found in made
             if self.corrected[key] >= CERTAIN
         )
         note = f"{certain} of these differ with a corrected p below {CERTAIN}." if certain else ""
-        return Table(self.name, ("compared", "p", "p, corrected", "verdict"), rows, note)
+        columns = ("compared", "difference", "p", "p, corrected", "verdict")
+        return Table(self.name, columns, rows, note)
 
 
 @dataclass(frozen=True)
@@ -112,16 +118,19 @@ def families(tried: Sequence[Pool], reference: Pool | None, metrics: Sequence[st
         both = [(a, b) for a, b in combinations(measured, 2) if number == 0 or a.bits == b.bits]
         where = "of choices" if number == 0 else "of choices of one width"
         by = _by(metric)
-        pairs[metric] = Family(
-            f"{plural(len(both), 'pair')} {where}, by {by}",
-            {pair(a, b): p_of_pair(a, b, reference, metric) for a, b in both},
-        )
+        between = {(a.name, b.name): change_between(a, b, metric) for a, b in both}
+        p_values = {
+            pair(a, b): p_of_pair(a, b, reference, between[a.name, b.name]) for a, b in both
+        }
+        pairs[metric] = Family(f"{plural(len(both), 'pair')} {where}, by {by}", p_values, between)
         found = {pool.name: change(pool, reference, metric) for pool in measured}
         known = {name: each for name, each in found.items() if each is not None}
         name = reference.name if reference else "the unquantized model"
         tests = {frozenset((key, name)): _p_of_change(each) for key, each in known.items()}
         family = Family(
-            f"{plural(len(known), 'change')} from the unquantized model, by {by}", tests
+            f"{plural(len(known), 'change')} from the unquantized model, by {by}",
+            tests,
+            {(key, name): each for key, each in known.items()},
         )
         of_changes[metric] = family
         changes[metric] = {

@@ -54,6 +54,7 @@ class Contents:
     against: the comparison with other published numbers than the paper's, if it was asked for.
     tests: of how sure the differences are.
     judged: published checkpoints beside their originals.
+    divergences: the choices' KLs, and what budgets change at equal bytes.
     floors: sentences on the noise of a KL, where it was measured.
     pictures: of the answer, one for each of `answers` that can be drawn.
     published: cells of the paper that were run; None if the report does not speak of it.
@@ -71,6 +72,7 @@ class Contents:
     domains: Sequence[Table]
     against: Against | None
     tests: Sequence[Table]
+    divergences: Sequence[Table]
     floors: Sequence[str]
     judged: Sequence[Bench]
     pictures: Sequence[Plot]
@@ -190,10 +192,12 @@ def markdown(contents: Contents, files: dict[str, str]) -> str:
     if contents.luck:
         parts.append("## How much is luck")
         parts += ["\n".join(table.markdown() for table in contents.luck), LUCK]
-    if contents.tests or contents.floors:
-        parts.append("## How sure the differences are")
+    if contents.divergences or contents.floors:
+        parts.append("## How far from the unquantized model")
         parts += [markdown_text(line) for line in contents.floors]
+        parts += ["\n".join(table.markdown() for table in contents.divergences)]
     if contents.tests:
+        parts.append("## How sure the differences are")
         parts += ["\n".join(table.markdown() for table in contents.tests), markdown_text(TESTS)]
     parts.append("## Results")
     parts += [_image(plot, files) for plot in contents.plots]

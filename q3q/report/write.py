@@ -14,7 +14,7 @@ from q3q.report.against import compare
 from q3q.report.answer import Answer, answers
 from q3q.report.baselines import with_baselines
 from q3q.report.beside import Beside
-from q3q.report.certainty import noise_floors
+from q3q.report.divergences import divergence_tables, equal_bytes_tables, noise_floors
 from q3q.report.domains import domain_tables
 from q3q.report.escapes import csv_cell, markdown_text
 from q3q.report.headline import headline
@@ -142,6 +142,7 @@ def _contents(records: Sequence[TrialRecord], about: About, plots: bool = True) 
     compared = compare_with_paper(records)
     judged = benches(records)
     shown = [record for record in with_baselines(records) if not is_judged(record)]
+    own = [record for record in records if not is_judged(record)]
     warnings = list(about.warnings)
     if len(commits := versions(records)) > 1:
         counts = ", ".join(f"{count} by {commit}" for commit, count in commits.items())
@@ -158,9 +159,10 @@ def _contents(records: Sequence[TrialRecord], about: About, plots: bool = True) 
         records=records,
         shown=shown,
         answers=found,
-        luck=luck_tables(records),
-        domains=domain_tables(records),
+        luck=luck_tables(own),
+        domains=domain_tables(own),
         against=None if about.against is None else compare(records, about.against),
+        divergences=[*equal_bytes_tables(records), *divergence_tables(records)],
         tests=[
             table
             for answer in found

@@ -22,8 +22,8 @@ from q3q.record import CACHE, COMPLETED, Comparison, TrialRecord
 from q3q.report.about import About
 from q3q.report.answer import Answer, answers
 from q3q.report.budgets import by_width
-from q3q.report.certainty import noise_floors
 from q3q.report.changes import change, p_of
+from q3q.report.divergences import noise_floors
 from q3q.report.families import Family, pair
 from q3q.report.opening import export_hint, in_markdown, opening
 from q3q.report.pools import Pool
@@ -262,8 +262,8 @@ def test_among_many_methods_luck_is_not_the_best(tmp_path: Path) -> None:
 
 def test_a_family_of_one_is_not_corrected_and_an_empty_one_says_nothing() -> None:
     key = frozenset(("a", "b"))
-    assert Family("one", {key: 0.04}).same(key) is False
-    empty = Family("none", {key: None})
+    assert Family("one", {key: 0.04}, {}).same(key) is False
+    empty = Family("none", {key: None}, {})
     assert (empty.same(key), empty.size, empty.table().rows) == (None, 0, ())
 
 
