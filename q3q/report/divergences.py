@@ -11,7 +11,7 @@ from q3q.formatting import plural, significant
 from q3q.record import TrialRecord
 from q3q.report.certainty import in_words
 from q3q.report.changes import change_between
-from q3q.report.measures import headline_metrics, is_accuracy, text_metrics
+from q3q.report.measures import judged_metrics
 from q3q.report.pools import Pool, comparable, pools
 from q3q.report.tables import Table
 from q3q.spec import TrialSpec, text_metric
@@ -80,11 +80,7 @@ def equal_bytes_tables(records: Sequence[TrialRecord]) -> list[Table]:
         ]
         if not pairs:
             continue
-        quality = [
-            metric
-            for metric in headline_metrics([record for p in tried for record in p.records])
-            if metric in text_metrics(tried[0].spec) or is_accuracy(metric)
-        ]
+        quality = judged_metrics([record for pool in tried for record in pool.records])
         columns = [f"KL on {text}: {side}" for text in metrics for side in ("one width", "budget")]
         columns += [f"change of {in_words(metric)}" for metric in quality]
         rows = tuple(
