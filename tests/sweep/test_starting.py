@@ -10,6 +10,7 @@ import psutil
 import pytest
 
 from q3q.errors import ConfigError
+from q3q.sweep.ray.cluster import STARTS, Cluster
 from q3q.sweep.ray.starting import refuse_long_folder
 
 PROGRAM = """
@@ -71,6 +72,34 @@ def test_a_start_that_hangs_ends_and_says_what_hangs():
     assert output.startswith("StartError Ray did not start within ")
     assert "its gcs_server is stopped" in output
     assert "Q3Q_RAY_START_SECONDS=" in output
+
+
+@pytest.mark.parametrize(
+    ("failures", "address", "starts"),
+    [(2, None, 3), (STARTS, None, STARTS), (1, "host:1", 1)],
+)
+def test_a_start_that_ray_gives_up_on_a_busy_machine_is_made_again(
+    monkeypatch, failures, address, starts
+):
+    import ray
+
+    made = []
+
+    def init(**_: object) -> None:
+        made.append(1)
+        if len(made) <= failures:
+            raise Exception("The current node timed out during startup. This could happen")
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray._private.worker, "_worker_logs_enabled", False)
+    monkeypatch.setenv("RAY_IGNORE_UNHANDLED_ERRORS", "1")
+    cluster = Cluster(address=address)
+    if failures < starts:
+        cluster._init()
+    else:
+        with pytest.raises(ConfigError, match=r"cannot (start|join) .*timed out"):
+            cluster._init()
+    assert len(made) == starts
 
 
 def test_an_end_inside_the_block_is_witnessed_and_no_other(tmp_path):

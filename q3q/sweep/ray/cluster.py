@@ -41,6 +41,8 @@ from q3q.sweep.ray.tasks import (
 
 OBJECT_STORE_BYTES = 200_000_000  # only specs, records and events cross
 LEAST_OBJECT_STORE_BYTES = 75 * 2**20  # Ray's own bound
+# Ray gives its own processes half a minute, which on a busy machine is not always enough.
+STARTS, TOO_SLOW = 4, "timed out during startup"
 STOP_SECONDS = 20.0  # for a farewell; it takes one or two, or for ever
 ANSWER_SECONDS = 12  # how long the cluster at an address may take to answer
 AUTH_MODE, TOKEN, TOKEN_PATH = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
@@ -273,12 +275,19 @@ class Cluster:
                 "Ray already runs in this process: pass its Cluster on instead of starting a "
                 "second one"
             )
-        try:
-            with kept_handler(signal.SIGTERM):
-                ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
-        except Exception as error:
-            where = f"the Ray cluster at {self.address}" if self.address else "Ray on this machine"
-            raise ConfigError(f"cannot start {where}: {error}") from error
+        for left in reversed(range(STARTS)):
+            try:
+                with kept_handler(signal.SIGTERM):
+                    ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
+                break
+            except Exception as error:
+                if self.address is None and left and TOO_SLOW in str(error):
+                    with self._starting.again():
+                        kill_servers()
+                    continue
+                to_do = f"join the Ray cluster at {self.address}"
+                to_do = to_do if self.address else "start Ray on this machine"
+                raise ConfigError(f"cannot {to_do}: {error}") from error
         # Even so, Ray prints a paragraph on the driver's stdout for each dead worker. Our Outcome
         # says it in a line.
         ray._private.worker._worker_logs_enabled = False

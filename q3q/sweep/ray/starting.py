@@ -23,6 +23,7 @@ from q3q.sweep.ray.tasks import StartError
 
 LOOK_SECONDS = 0.2  # between two looks at Ray's processes
 START_SECONDS = float(os.environ.get("Q3Q_RAY_START_SECONDS", "300"))  # a busy machine takes 30
+KILLED_SECONDS = 10.0  # until the kernel has ended a process that was killed
 SERVERS = ("gcs_server", "raylet")  # without which Ray cannot start
 SOCKET_BYTES = 103 if sys.platform == "darwin" else 107  # longest path of a socket
 AGAIN = "Run the same command to try again"
@@ -37,6 +38,16 @@ class Starting:
     def __init__(self, address: str | None) -> None:
         self.address = address
         self._since = time.monotonic()
+        self._again = False
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """Allow Ray's processes to be dead inside the block: they are about to start again."""
+        self._again = True
+        try:
+            yield
+        finally:
+            self._again = False
 
     def check(self) -> None:
         """Check that Ray can still start.
@@ -44,7 +55,7 @@ class Starting:
         Raises:
             StartError: one of its processes is dead, or it takes too long.
         """
-        servers = [] if self.address else _servers()
+        servers = [] if self.address or self._again else _servers()
         for server, state in servers:
             if state == psutil.STATUS_ZOMBIE:
                 raise StartError(
@@ -120,6 +131,8 @@ def kill_servers() -> None:
                 for process in (child, *below):
                     with suppress(psutil.NoSuchProcess):
                         process.kill()
+                with suppress(psutil.Error):
+                    child.wait(KILLED_SECONDS)  # no zombie is left
 
 
 @contextmanager
