@@ -14,6 +14,7 @@ from importlib.metadata import version
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException
+from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
@@ -50,8 +51,9 @@ def run_alone(config: DictConfig) -> object:
     from q3q.sweep.settings import StudySettings
 
     overrides = list(HydraConfig.get().overrides.task)
+    alone = HydraConfig.get().mode == RunMode.RUN  # not a job of a sweep with another launcher
     study = HydraConfig.get().runtime.choices.get("study")
-    if study:
+    if study and alone:
         raise ConfigError(f"study={study} is a sweep, give -m: {launch(overrides, sweep=True)}")
     given = OverridesParser.create().parse_overrides(overrides)
     refuse_contradictions(given)
@@ -60,8 +62,8 @@ def run_alone(config: DictConfig) -> object:
         absent = to_download(needs_of(config), fetching(overrides, sweep=False))
         settings = replace(settings, absent=absent)
     _refuse_many(config, settings.request, overrides)
-    lines = without_effect(given, [trial.spec])
-    if config.evaluation.floor:
+    lines = without_effect(given, [trial.spec]) if alone else []
+    if config.evaluation.floor and alone:
         lines.append("evaluation.floor=true has no effect without -m: only sweeps add its trial")
     if not settings.fresh:
         lines += _without_effect_on_finished(trial, overrides)

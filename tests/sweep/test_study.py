@@ -216,6 +216,15 @@ def test_equal_jobs_run_once_and_incompatible_pairs_are_counted(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_saved_study_runs_with_another_launcher_too(tmp_path):
+    """Hydra's own launcher runs each job in this process, with the study's choice in its config."""
+    words = ["+study=tensors", "bits=4", 'skip=["*.q_proj"]', "name=mine", "method=rtn"]
+    code, output = launch(tmp_path, "-m", *words, "hydra/launcher=basic")
+    assert code == 0, output
+    assert set(records(tmp_path)) == {"rtn4", "none"}
+
+
+@pytest.mark.slow
 def test_a_trial_that_fails_costs_no_other_and_the_exit_code_says_so(tmp_path):
     """With a NaN in its model's weights, one trial fails with its error; the other is done."""
     import torch
