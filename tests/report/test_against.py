@@ -1,7 +1,10 @@
 """Published numbers of one's own: which trial a row is about, the verdicts, and bad columns."""
 
+from dataclasses import replace
+
 import pytest
 
+from q3q.bit_budget import BitBudget
 from q3q.errors import ReportError
 from q3q.record import COMPLETED, TrialRecord
 from q3q.report.about import About
@@ -47,6 +50,38 @@ def test_a_row_is_about_the_trials_that_have_all_its_settings(tmp_path):
         tmp_path, "Qwen3-8B,,,,,,perplexity/wikitext2,10.29,\n", ours, record(mse=True)
     )
     assert len(everyone.compared) == 2
+
+
+def test_a_row_with_bits_is_about_one_width_unless_it_asks_for_mixed_ones(tmp_path):
+    """A trial's `bits` are its base width alone, where it has a budget or overrides."""
+    uniform = record()
+    widths = {"blocks.0.self_attn.v_proj": {"bits": 8}}
+    rules = {"overrides": {"*.v": {"bits": 8}}}
+    groups = {"blocks.0.self_attn.v_proj": {"group_size": 32}}
+    budget = BitBudget(
+        bits=4.25, unit="site", widths=(3, 4), measure="kl", source="demo", digest="d",
+        samples=1, length=32, draw="random",
+    )  # fmt: skip
+    overridden, grouped, planned, allotted = (
+        replace(uniform, spec=replace(uniform.spec, **changes))
+        for changes in (
+            {"overrides": widths, "rules": rules},
+            {"overrides": groups},
+            {"budget": budget},
+            {"budget": replace(budget, unit="block"), "overrides": widths},
+        )
+    )
+    every = (uniform, overridden, grouped, planned, allotted)
+    head = "model,bits,budget.bits,overrides,metric,value\n"
+
+    def matched(row):
+        found = compared(tmp_path, f"Qwen3-8B,{row},{WIKITEXT},10.29\n", *every, head=head)
+        return [id(item.record) for item in found.compared]
+
+    assert set(matched("4,,")) == {id(uniform), id(grouped)}
+    assert set(matched(",,")) == set(map(id, every))
+    assert set(matched("4,4.25,")) == set(matched(",4.25,")) == {id(planned), id(allotted)}
+    assert matched('4,,"{""*.v"": {""bits"": 8}}"') == [id(overridden)]
 
 
 @pytest.mark.parametrize(
