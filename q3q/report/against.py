@@ -3,8 +3,8 @@
 A row is a printed number. `model`, `metric` and `value` say which; every other column is a param by
 its name in MLflow (`method`, `bits`, `method.mse`, `calibration.samples` ...), which a trial must
 have as the row says it. An empty cell asks for nothing. A row with `bits` is about trials of that
-one width, unless it has `overrides` or a setting of a budget too. `source` says where the number is printed,
-and is asked of nobody. Numbers are in the metric's own unit: an accuracy is a fraction.
+one width, unless it has `overrides` or a setting of a budget too. `source` says where the number is
+printed, and is asked of nobody. Numbers are in the metric's own unit: an accuracy is a fraction.
 """
 
 import csv
