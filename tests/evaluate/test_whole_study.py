@@ -184,9 +184,10 @@ def test_among_nine_changes_holm_finds_the_only_one_as_often_as_its_level_says()
         family = [p_S[study], *others_SK[study].tolist()]
         return holm(dict(enumerate(family)))[0] < LEVEL
 
-    alone = numpy.flatnonzero(p_S < LEVEL / 9)
+    alone = numpy.flatnonzero(p_S < LEVEL / 9).tolist()
     assert all(found(study) for study in alone[:200])
-    between = numpy.flatnonzero((p_S >= LEVEL / 9) & (p_S < LEVEL))  # it depends on the others
+    # Here it depends on the others.
+    between = numpy.flatnonzero((p_S >= LEVEL / 9) & (p_S < LEVEL)).tolist()
     late = sum(found(study) for study in between)
     assert late > 0
     assert POWER - 0.04 < (len(alone) + late) / STUDIES < POWER + 0.02
@@ -213,7 +214,7 @@ def test_a_mean_over_two_unequal_tasks_shows_what_its_effective_questions_say() 
             pair_UK, of_study_S = numpy.unique(
                 pairs_of(dice, n, share, truth), axis=0, return_inverse=True
             )
-            own = [compared(*pair, n) for pair in pair_UK.tolist()]
+            own = [compared(better, worse, n) for better, worse in pair_UK.tolist()]
             ends.append(numpy.array([(c.difference, c.low, c.high) for c in own])[of_study_S])
             tasks.append([own[table] for table in of_study_S[:50]])
         ends_KS3 = numpy.array(ends)

@@ -184,8 +184,8 @@ def planned(job, metrics):
     page = OmegaConf.load(CONF / "model" / f"{job['model']}.yaml")
     method, scheme = method_of("none"), None
     if job["method"] == "gptq":
-        numbers = {key: int(job[key]) for key in ("bits", "group_size")}
-        scheme = Scheme(**numbers, symmetric=job["symmetric"] == "True")
+        bits, size = int(job["bits"]), int(job["group_size"])
+        scheme = Scheme(bits=bits, group_size=size, symmetric=job["symmetric"] == "True")
         knobs = {key: job[f"method.{key}"] == "True" for key in ("mse", "act_order")}
         method = method_of("gptq", scheme, **knobs)
     spec = make_spec(

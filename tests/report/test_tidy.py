@@ -77,7 +77,9 @@ def test_a_difference_has_its_interval_whose_open_end_is_nan(tmp_path):
     rows = {row.metric: row for row in q3q.results(tmp_path).itertuples()}
     found = [(rows[one].difference_low, rows[one].difference_high) for one in rows]
     assert bounded.low is not None
-    assert bounded.low < bounded.difference == rows[STORIES].difference < bounded.high
+    assert bounded.high is not None
+    assert bounded.low < rows[STORIES].difference < bounded.high
+    assert rows[STORIES].difference == bounded.difference
     assert found[0] == (bounded.low, bounded.high)
     assert found[1][0] == bounded.low
     assert math.isnan(found[1][1])
