@@ -20,8 +20,10 @@ def results(storage: str | Path = "mlruns", study: str | None = None) -> "DataFr
 
     Its columns are `trial`, `metric`, `value`, `low` and `high` (the 95 % interval of `value`),
     `difference` (from the unquantized model; differences of perplexities are in nats, so that the
-    exp of one is the ratio of the two perplexities), and the trial's params by their names in
-    MLflow (`method`, `bits`, `calibration` ...). Metrics have their names in MLflow too.
+    exp of one is the ratio of the two perplexities), `difference_low` and `difference_high` (the
+    95 % interval of `difference`; an end that the samples leave open is nan), and the trial's
+    params by their names in MLflow (`method`, `bits`, `calibration` ...). Metrics have their names
+    in MLflow too.
 
     Args:
         storage: a storage folder, or an object store's URL.

@@ -2,8 +2,9 @@
 
 A row is a printed number. `model`, `metric` and `value` say which; every other column is a param by
 its name in MLflow (`method`, `bits`, `method.mse`, `calibration.samples` ...), which a trial must
-have as the row says it. An empty cell asks for nothing. `source` says where the number is printed,
-and is asked of nobody. Numbers are in the metric's own unit: an accuracy is a fraction.
+have as the row says it. An empty cell asks for nothing. A row with `bits` is about trials of that
+one width, unless it has `overrides` or a setting of a budget too. `source` says where the number is
+printed, and is asked of nobody. Numbers are in the metric's own unit: an accuracy is a fraction.
 """
 
 import csv
@@ -29,7 +30,7 @@ from q3q.report.paper import (
 )
 from q3q.report.published import plain_name
 from q3q.report.tables import Table
-from q3q.spec import ModelRef
+from q3q.spec import ModelRef, TrialSpec
 from q3q.track.mlflow_fields import trial_params
 
 NEEDED = ("model", "metric", "value")
@@ -178,6 +179,8 @@ def compare(records: Sequence[TrialRecord], published: PublishedSet) -> Against:
                 continue
             if not _is_model(one.model, record.spec.model) or not _has(params, one.asked):
                 continue
+            if _has_more_widths(record.spec) and _asks_for_one_width(one.asked):
+                continue
             ours = value if isinstance(value, float) else math.nan
             compared.append(Beside(one, record, ours, _verdict(one, record, ours)))
     return Against(published, tuple(compared))
@@ -243,6 +246,17 @@ def _has(params: Mapping[str, str], asked: Mapping[str, str]) -> bool:
     return all(
         own is not None and (own == text or _value(own) == _value(text)) for own, text in pairs
     )
+
+
+def _has_more_widths(spec: TrialSpec) -> bool:
+    """Return True if not all quantized linears have the trial's `bits`."""
+    return spec.budget is not None or any("bits" in own for own in spec.overrides.values())
+
+
+def _asks_for_one_width(asked: Mapping[str, str]) -> bool:
+    """Return True if a row gives `bits`, and nothing says that they are those of some linears."""
+    mixing = any(name == "overrides" or name.startswith("budget.") for name in asked)
+    return "bits" in asked and not mixing
 
 
 def _value(text: str) -> object:

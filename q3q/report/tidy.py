@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from q3q.errors import IntegrityError, ReportError
 from q3q.evaluate.samples import SAMPLES, read_samples
-from q3q.record import TrialRecord
+from q3q.record import Comparison, TrialRecord
 from q3q.report.measures import in_order
 from q3q.report.records import find_records
 from q3q.spec import MEAN_ACCURACY
@@ -20,7 +20,8 @@ from q3q.track.mlflow_names import fitted_names
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-MEASURED = ("trial", "metric", "value", "low", "high", "difference")
+DIFFERENCES = ("difference", "difference_low", "difference_high")
+MEASURED = ("trial", "metric", "value", "low", "high", *DIFFERENCES)
 SCORED = ("trial", "task", "sample", "score", "value")
 
 
@@ -51,8 +52,6 @@ def measured(record: TrialRecord) -> list[dict[str, Any]]:
     params = params_of(record)
     for metric, value in numbers.items():
         low, high = record.intervals.get(metric, (math.nan, math.nan))
-        comparison = record.comparisons.get(metric)
-        difference = None if comparison is None else comparison.difference
         rows.append(
             {
                 "trial": record.spec.id,
@@ -60,11 +59,18 @@ def measured(record: TrialRecord) -> list[dict[str, Any]]:
                 "value": value,
                 "low": low,
                 "high": high,
-                "difference": math.nan if difference is None else difference,
+                **_differences(record.comparisons.get(metric)),
                 **params,
             }
         )
     return rows
+
+
+def _differences(found: Comparison | None) -> dict[str, float]:
+    """Return a difference and the ends of its interval; nan for what is not known."""
+    known = (None,) * 3 if found is None else (found.difference, found.low, found.high)
+    numbers = (math.nan if number is None else number for number in known)
+    return dict(zip(DIFFERENCES, numbers, strict=True))
 
 
 def params_of(record: TrialRecord) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import os
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from shutil import copytree
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import torch
 from q3q.models.checkpoint import Checkpoint, load_tokenizer
 from q3q.models.decoder import load_decoder
 from q3q.quantize.budget import stage
-from q3q.quantize.budget.sensitivities import FOLDER, Sensitivities
+from q3q.quantize.budget.sensitivities import FOLDER, Sensitivities, file_of, identity_of
 from q3q.quantize.budget.units import units_of
 from q3q.reporter import Reporter
 from q3q.storage import uploader
@@ -71,6 +72,23 @@ def test_of_two_trials_one_measures_and_the_other_waits_and_reads(tmp_path, monk
     assert one.table() == other.table()
     assert f"process {os.getpid()} on " in waited[0]
     assert one.path == other.path
+
+
+def test_a_folder_that_was_copied_to_another_machine_is_read_there(tmp_path, monkeypatch):
+    here, there = (
+        composed_trial(*SMALL, f"storage={tmp_path / name}", "bits=4.1") for name in ("here", "b")
+    )
+    assert here.placement.model is not None
+    units = units_of(here.spec, Checkpoint(here.placement.model).facts)
+    identity = identity_of(here.spec, units)
+    written = Sensitivities(file_of(here.placement.storage, identity), identity)
+    for number, unit in enumerate(units, 1):
+        written.add(unit.name, [1 / number, 0.1 / number])
+    copytree(here.placement.storage / FOLDER, there.placement.storage / FOLDER)
+    monkeypatch.setattr(Sensitivities, "add", None)
+    found = sensed(there)
+    assert (found.measured, found.table()) == (0, written.table())
+    assert found.path != written.path
 
 
 def test_on_a_store_another_machine_goes_on_at_the_next_unit(tmp_path, monkeypatch):

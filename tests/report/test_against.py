@@ -1,14 +1,21 @@
 """Published numbers of one's own: which trial a row is about, the verdicts, and bad columns."""
 
-import pytest
+from collections import Counter
+from dataclasses import replace
 
+import pytest
+from omegaconf import OmegaConf
+
+from q3q.bit_budget import BitBudget
 from q3q.errors import ReportError
 from q3q.record import COMPLETED, TrialRecord
 from q3q.report.about import About
-from q3q.report.against import SETS, compare, published_set, read_cells
+from q3q.report.against import compare, published_set, read_cells
 from q3q.report.write import one_format
-from tests.composed import compose
+from q3q.spec import Scheme
+from tests.composed import CONF, compose
 from tests.specs import evaluation_of, hub_model_of, make_spec, method_of
+from tests.test_studies import jobs, rows_of
 
 HEAD = "model,method,bits,group_size,symmetric,method.mse,metric,value,source\n"
 WIKITEXT = "perplexity/wikitext2"
@@ -47,6 +54,38 @@ def test_a_row_is_about_the_trials_that_have_all_its_settings(tmp_path):
         tmp_path, "Qwen3-8B,,,,,,perplexity/wikitext2,10.29,\n", ours, record(mse=True)
     )
     assert len(everyone.compared) == 2
+
+
+def test_a_row_with_bits_is_about_one_width_unless_it_asks_for_mixed_ones(tmp_path):
+    """A trial's `bits` are its base width alone, where it has a budget or overrides."""
+    uniform = record()
+    widths = {"blocks.0.self_attn.v_proj": {"bits": 8}}
+    rules = {"overrides": {"*.v": {"bits": 8}}}
+    groups = {"blocks.0.self_attn.v_proj": {"group_size": 32}}
+    budget = BitBudget(
+        bits=4.25, unit="site", widths=(3, 4), measure="kl", source="demo", digest="d",
+        samples=1, length=32, draw="random",
+    )  # fmt: skip
+    overridden, grouped, planned, allotted = (
+        replace(uniform, spec=replace(uniform.spec, **changes))
+        for changes in (
+            {"overrides": widths, "rules": rules},
+            {"overrides": groups},
+            {"budget": budget},
+            {"budget": replace(budget, unit="block"), "overrides": widths},
+        )
+    )
+    every = (uniform, overridden, grouped, planned, allotted)
+    head = "model,bits,budget.bits,overrides,metric,value\n"
+
+    def matched(row):
+        found = compared(tmp_path, f"Qwen3-8B,{row},{WIKITEXT},10.29\n", *every, head=head)
+        return [id(item.record) for item in found.compared]
+
+    assert set(matched("4,,")) == {id(uniform), id(grouped)}
+    assert set(matched(",,")) == set(map(id, every))
+    assert set(matched("4,4.25,")) == set(matched(",4.25,")) == {id(planned), id(allotted)}
+    assert matched('4,,"{""*.v"": {""bits"": 8}}"') == [id(overridden)]
 
 
 @pytest.mark.parametrize(
@@ -125,14 +164,37 @@ def test_a_set_that_is_none_is_refused():
         published_set("nowhere")
 
 
-def test_onecomps_cells_are_those_that_its_study_runs():
-    cells = read_cells(SETS["onecomp"])
-    assert len(cells) == 90
+def test_each_of_onecomps_cells_is_one_trial_of_its_study():
+    published = published_set("onecomp")
+    assert len(published.cells) == 90
     study = compose("config", ["+study=onecomp"]).evaluation
     measured = {f"{task}/acc_norm" for task in study.tasks} | {WIKITEXT, "winogrande/acc"}
-    assert {cell.metric for cell in cells} <= measured
-    asked = {cell.asked.get("bits") for cell in cells}
-    assert asked == {None, "3", "4"}
+    assert {cell.metric for cell in published.cells} <= measured
+    records = [planned(job, measured) for job in jobs(rows_of("onecomp"))]
+    assert len({record.spec.id for record in records}) == 18
+    compared = compare(records, published).compared
+    trials_of = Counter(id(item.cell) for item in compared)
+    assert [trials_of[id(cell)] for cell in published.cells] == [1] * 90
+    cells_of = Counter(item.record.spec.id for item in compared)
+    assert cells_of == {record.spec.id: 5 for record in records}
+
+
+def planned(job, metrics):
+    """Return the record of one of a study's jobs, as if it had run."""
+    page = OmegaConf.load(CONF / "model" / f"{job['model']}.yaml")
+    method, scheme = method_of("none"), None
+    if job["method"] == "gptq":
+        bits, size = int(job["bits"]), int(job["group_size"])
+        scheme = Scheme(bits=bits, group_size=size, symmetric=job["symmetric"] == "True")
+        knobs = {key: job[f"method.{key}"] == "True" for key in ("mse", "act_order")}
+        method = method_of("gptq", scheme, **knobs)
+    spec = make_spec(
+        method,
+        scheme=scheme,
+        model=hub_model_of(job["model"], source=page.source),
+        evaluation=evaluation_of("wikitext2"),
+    )
+    return TrialRecord(spec=spec, status=COMPLETED, metrics=dict.fromkeys(metrics, 0.5))
 
 
 @pytest.mark.parametrize("kind", ["html", "md", "csv"])

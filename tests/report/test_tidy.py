@@ -33,12 +33,18 @@ def stored(storage, method, bits, value, **changes):
     return record
 
 
+FIRST = (
+    *("trial", "metric", "value", "low", "high"),
+    *("difference", "difference_low", "difference_high"),
+)
+
+
 def test_a_row_is_a_trial_and_a_metric_under_mlflows_names(tmp_path):
     rtn, gptq = (
         stored(tmp_path, method, 3, value) for method, value in (("rtn", 4.0), ("gptq", 3.5))
     )
     table = q3q.results(tmp_path)
-    assert list(table.columns[:6]) == ["trial", "metric", "value", "low", "high", "difference"]
+    assert tuple(table.columns[: len(FIRST)]) == FIRST
     assert len(table) == 4
     row = table[(table.trial == gptq.spec.id) & (table.metric == STORIES)].iloc[0]
     assert (row.value, row.low, row.high) == (3.5, 3.4, 3.6)
@@ -46,7 +52,7 @@ def test_a_row_is_a_trial_and_a_metric_under_mlflows_names(tmp_path):
     assert row.method == "gptq"
     for record in (rtn, gptq):
         own = table[table.trial == record.spec.id].iloc[0].dropna()
-        assert trial_params(record.spec).keys() == {*own.index} - {*table.columns[:6]}
+        assert trial_params(record.spec).keys() == {*own.index} - {*FIRST}
 
 
 def test_the_difference_of_a_perplexity_is_in_nats_and_is_said_to_be_so(tmp_path):
@@ -61,6 +67,25 @@ def test_the_difference_of_a_perplexity_is_in_nats_and_is_said_to_be_so(tmp_path
     [line] = [line for line in page.splitlines() if line.startswith("| `difference`")]
     for text in (line, " ".join(str(q3q.results.__doc__).split())):
         assert "perplexities are in nats" in text
+
+
+def test_a_difference_has_its_interval_whose_open_end_is_nan(tmp_path):
+    record = stored(tmp_path, "rtn", 3, 5.0)
+    bounded = compare(STORIES, *({str(n): n * by for n in range(8)} for by in (0.3, 0.2)))
+    opened = replace(bounded, metric="bits_per_weight", high=None)
+    replace(record, comparisons={STORIES: bounded, "bits_per_weight": opened}).save()
+    rows = {row.metric: row for row in q3q.results(tmp_path).itertuples()}
+    found = [(rows[one].difference_low, rows[one].difference_high) for one in rows]
+    assert bounded.low is not None
+    assert bounded.high is not None
+    assert bounded.low < rows[STORIES].difference < bounded.high
+    assert rows[STORIES].difference == bounded.difference
+    assert found[0] == (bounded.low, bounded.high)
+    assert found[1][0] == bounded.low
+    assert math.isnan(found[1][1])
+    stored(tmp_path / "alone", "rtn", 3, 5.0)
+    alone = q3q.results(tmp_path / "alone")
+    assert alone[["difference", "difference_low", "difference_high"]].isna().all(axis=None)
 
 
 def test_what_diverged_is_nan_and_a_failed_trial_has_no_rows(tmp_path):
