@@ -17,7 +17,6 @@ from unittest.mock import patch
 
 import torch
 from methods import Judge
-from peers.run_q3q import Memory
 from real_model import GROUP_SIZE
 from real_peers import calibration_windows, judged_windows
 from torch import Tensor
@@ -27,6 +26,7 @@ from q3q.models.checkpoint import Checkpoint
 from q3q.models.decoder import load_decoder
 from q3q.numerics.linalg import add_gram
 from q3q.quantize import statistics
+from q3q.quantize.block import QuantizedBlock
 from q3q.quantize.methods.settings import GptqSettings
 from q3q.quantize.walk import quantize_model
 from q3q.spec import Scheme
@@ -34,6 +34,16 @@ from q3q.spec import Scheme
 BITS = 4
 # Windows, tokens of each, and how often a window's first token counts.
 CASES = ((16, 512, 1), (64, 512, 1), (16, 2048, 1), (16, 2048, 4), (16, 2048, 0))
+
+
+class Nowhere:
+    """Keep no block: the walk puts each into the model anyway."""
+
+    def load(self, index: int) -> QuantizedBlock | None:
+        return None
+
+    def store(self, block: QuantizedBlock) -> None:
+        pass
 
 
 def quantized(model_folder: Path, windows_NT: Tensor, weight: float) -> dict[str, Any]:
@@ -52,7 +62,7 @@ def quantized(model_folder: Path, windows_NT: Tensor, weight: float) -> dict[str
     model = load_decoder(Checkpoint(model_folder), torch.float32)
     scheme = Scheme(bits=BITS, group_size=GROUP_SIZE, symmetric=False)
     with patch.object(statistics, "add_gram", weighed):
-        quantize_model(model, method, scheme, windows_NT, Memory())
+        quantize_model(model, method, scheme, windows_NT, Nowhere())
     return {
         f"model.layers.{number}.{name}": weight
         for number, block in enumerate(model.blocks)
