@@ -404,10 +404,12 @@ class MlflowTracker:
         if (columns := self._columns | dict(found)) != self._columns:
             view = f"mlflow.sharedViewState.{self._view}"
             # As in the report, a text that was not calibrated on ranks the trials.
-            specs = [trial.spec for trial in self._open_sweep().trials]
+            sweep = self._open_sweep()
+            specs = [trial.spec for trial in sweep.trials]
             ranked = sorted(columns, key=lambda name: not held_out(name, specs))
             fitted = fitted_names(columns[name] for name in ranked)
-            content = shared_view(self._parent, [fitted[columns[name]] for name in ranked])
+            names = [trial_run_name(sweep, spec) for spec in specs]
+            content = shared_view(self._parent, [fitted[columns[name]] for name in ranked], names)
             self._store.client.set_experiment_tag(self._store.experiment_id, view, content)
             self._columns = columns
 

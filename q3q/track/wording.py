@@ -1,6 +1,7 @@
 """Write what people read in MLflow: names of runs, notes, and the columns of a sweep's table."""
 
 import json
+from collections.abc import Iterable
 
 from q3q.evaluate.correction import holm
 from q3q.formatting import bytes_in_words, plural
@@ -25,7 +26,14 @@ MAX_COMMAND = 1500  # characters in a sweep's note; a tag has the command in ful
 MAX_RUN_NAME = 120  # characters, for the width of a table's column
 SHOWN_PARAMS = ("method", "bits", "group_size")  # in a sweep's table
 MAX_COLUMNS = 8  # metrics in a sweep's table
-SIZE = "size MB"  # its last column
+SIZE = "size MB"  # the last of them
+RUN_NAME, CREATED, DURATION = "attributes.`Run Name`", "runDateAndNestInfo", "duration"
+LETTER, AROUND = 7, 28  # pixels: of a bold letter, and of a column's margins
+ARROW = 16  # pixels, of the column that is sorted by
+NUMBER, NARROWEST = 84, 56  # pixels: of `11.54253`, and of any column
+NAME_LETTER, AROUND_NAME = 7, 46  # pixels: of a run's name, and of its column's margins and dot
+NARROWEST_NAME, WIDEST_NAME = 120, 320  # pixels
+CREATED_WIDTH = 140  # pixels, enough for `10 minutes ago`
 LEVEL = 0.05  # below which a corrected p-value counts
 
 
@@ -110,17 +118,25 @@ def _differing(record: TrialRecord) -> list[str]:
     return [name for name, p in holm(alone).items() if p < LEVEL]
 
 
-def shared_view(parent_run: str, metrics: list[str]) -> str:
+def shared_view(parent_run: str, metrics: list[str], names: Iterable[str] = ()) -> str:
     """Return the state of a view that MLflow's UI shows as a sweep's table.
 
-    It lists the trials alone, the best first, with their bits and what decides. This is the UI's
-    own format for a view that somebody shares; a UI that does not know it says so and shows all
-    runs.
+    It lists the trials alone, the best first: what decides, then what was asked for. Each column
+    is as wide as its name needs, so that what decides is read in full without scrolling. This is
+    the UI's own format for a view that somebody shares; a UI that does not know it says so and
+    shows all runs, and one from before 3.17 orders and sizes the columns itself.
 
     Args:
         metrics: the columns of what trials are judged by, the one that ranks them first.
+        names: the trials' names.
     """
     shown = [f"metrics.`{name}`" for name in [*metrics[:MAX_COLUMNS], SIZE]]
+    asked = [f"params.`{name}`" for name in SHOWN_PARAMS]
+    longest = max(map(len, names), default=0)
+    named = min(max(NARROWEST_NAME, NAME_LETTER * longest + AROUND_NAME), WIDEST_NAME)
+    widths = {key: max(NUMBER, _width(key)) for key in shown}
+    widths |= {key: max(NARROWEST, _width(key) + LETTER) for key in asked}  # `m` is a wide letter
+    widths[shown[0]] += ARROW
     return json.dumps(
         {
             "searchFilter": f"tags.mlflow.parentRunId = '{parent_run}'",
@@ -130,6 +146,14 @@ def shared_view(parent_run: str, metrics: list[str]) -> str:
             "lifecycleFilter": "Active",
             "datasetsFilter": [],
             "modelVersionFilter": "All Runs",
-            "selectedColumns": [f"params.`{name}`" for name in SHOWN_PARAMS] + shown,
+            "selectedColumns": [*shown, *asked],
+            "columnOrder": [RUN_NAME, CREATED, *shown, *asked, DURATION],
+            "columnWidths": {RUN_NAME: named, CREATED: CREATED_WIDTH, **widths},
         }
     )
+
+
+def _width(column: str) -> int:
+    """Return the pixels in which a column's name is read in full."""
+    name = column.partition("`")[2].removesuffix("`")
+    return LETTER * len(name) + AROUND

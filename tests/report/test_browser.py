@@ -3,10 +3,9 @@
 import http.server
 import json
 import re
-import shutil
 import subprocess
 import threading
-from html import escape, unescape
+from html import unescape
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +14,10 @@ import pytest
 from q3q.record import COMPLETED, SiteError, TrialRecord
 from q3q.report.about import About
 from q3q.report.write import write_report
+from tests.browser import BROWSER, Browser
+from tests.report.test_opening import study
 from tests.specs import make_spec
 
-BROWSER = next(
-    (
-        path
-        for name in ("chromium", "google-chrome", "chromium-browser")
-        if (path := shutil.which(name))
-    ),
-    None,
-)
 pytestmark = pytest.mark.skipif(
     BROWSER is None, reason="no Chromium here: the report's page is not looked at"
 )
@@ -221,24 +214,63 @@ def test_a_request_would_be_noticed(page: str, tmp_path: Path) -> None:
     )
 
 
-def test_it_is_read_on_a_telephone(page: str, tmp_path: Path) -> None:
-    """Chromium's narrowest window has 500 pixels, so the page stands in a frame of 360."""
-    inner = escape(page.replace("</body>", PROBE + "</body>"))
-    frame = (
-        '<!doctype html><body><iframe style="width:360px;height:800px" '
-        f'srcdoc="{inner}"></iframe><script>'
-        'addEventListener("load", () => { document.body.dataset.frame = '
-        'document.querySelector("iframe").contentDocument.body.dataset.probe; });</script></body>'
-    )
-    assert BROWSER is not None
-    file = tmp_path / "frame.html"
-    file.write_text(frame, encoding="utf-8")
-    command = [BROWSER, *FLAGS, f"--user-data-dir={tmp_path}/profile", "--dump-dom", file.as_uri()]
-    shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
-    probe = re.search(r'data-frame="([^"]*)"', shown)
-    assert probe is not None
-    values = json.loads(unescape(probe[1]))
-    assert values["overflow"] is False
+# Where the parts of an answer are on the page, and what of them is wider than its place.
+PLACES = """JSON.stringify((() => {
+  const place = (part) => {
+    const { top, bottom, left, right } = part.getBoundingClientRect();
+    return { top: top + scrollY, bottom: bottom + scrollY, left, right };
+  };
+  const all = (what) => [...document.querySelectorAll(what)];
+  return {
+    overflow: document.documentElement.scrollWidth > innerWidth,
+    sentences: all(".sentences li").map(place), picture: place(all(".answer svg")[0]),
+    chosen: place(all(".answer tr.chosen")[0]), others: all("main > details").map(place),
+    parts: all(".answer td, .answer th, .answer button").filter(
+      (part) => part.checkVisibility()).map(place),
+    commands: all(".answer .command pre").map((part) => ({
+      whole: part.scrollWidth <= part.clientWidth,
+      swiped: getComputedStyle(part).overflowX === "auto",
+    })),
+  };
+})())"""
+COPY = """JSON.stringify((() => {
+  const copied = [];
+  navigator.clipboard.writeText = (text) => { copied.push(text); return Promise.resolve(); };
+  for (const button of document.querySelectorAll(".answer .command button")) button.click();
+  return copied;
+})())"""
+
+
+def test_the_answer_is_read_and_copied_on_a_telephone_and_on_a_desk(tmp_path: Path) -> None:
+    about = About(name="a study", command="python launch.py -m method=rtn,gptq")
+    records = study(tmp_path / "trials")
+    page = write_report(records, tmp_path / "report", about).files["report.html"].decode()
+    file = tmp_path / "report.html"
+    file.write_text(page, encoding="utf-8")
+    commands = [
+        unescape(found)
+        for found in re.findall(r"<pre>(.*?)</pre>", page[: page.index("<details")], re.DOTALL)
+    ]
+    assert len(commands) == 3
+    width, height = 360, 740
+    with Browser(tmp_path, width, height) as browser:
+        browser.open(file.as_uri())
+        browser.until("document.readyState === 'complete' && location.protocol === 'file:'")
+        seen = json.loads(browser.ask(PLACES))
+        assert not seen["overflow"]
+        [*_, last], picture, chosen = seen["sentences"], seen["picture"], seen["chosen"]
+        assert last["bottom"] <= picture["top"]
+        assert picture["bottom"] <= chosen["top"]
+        assert len(seen["others"]) >= 3
+        assert all(chosen["bottom"] <= other["top"] for other in seen["others"])
+        assert picture["bottom"] <= 2 * height
+        for part in (*seen["sentences"], picture, chosen, *seen["parts"]):
+            assert part["left"] >= 0
+            assert part["right"] <= width
+        assert all(command["whole"] or command["swiped"] for command in seen["commands"])
+        assert json.loads(browser.ask(COPY)) == commands
+        browser.size(1240, 900)
+        assert all(command["whole"] for command in json.loads(browser.ask(PLACES))["commands"])
 
 
 def test_it_is_dark_where_its_reader_likes_that(page: str, tmp_path: Path) -> None:

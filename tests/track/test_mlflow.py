@@ -669,9 +669,12 @@ def test_the_sweeps_page_is_a_view_of_its_trials(tracker: MlflowTracker) -> None
     [parent] = parents(tracker)
     assert view["searchFilter"] == f"tags.mlflow.parentRunId = '{parent.info.run_id}'"
     assert (view["orderByKey"], view["orderByAsc"]) == ("metrics.`ppl stories`", True)
-    *params, first, last = view["selectedColumns"]
-    assert params == ["params.`method`", "params.`bits`", "params.`group_size`"]
-    assert (first, last) == ("metrics.`ppl stories`", "metrics.`size MB`")
+    decide = ["metrics.`ppl stories`", "metrics.`size MB`"]
+    asked = ["params.`method`", "params.`bits`", "params.`group_size`"]
+    assert view["selectedColumns"] == [*decide, *asked]
+    always = ["attributes.`Run Name`", "runDateAndNestInfo"]  # MLflow's own: name and time
+    assert view["columnOrder"] == [*always, *decide, *asked, "duration"]
+    assert set(view["columnWidths"]) == {*always, *decide, *asked}
     assert tracker.page == (
         f"#/experiments/{experiment.experiment_id}/runs?workflowType=machine_learning&viewStateShareKey={sweep().id}"
     )
