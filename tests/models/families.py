@@ -88,6 +88,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "llama, biases": dict(model_type="llama", attention_bias=True, mlp_bias=True),
     "mistral": dict(model_type="mistral", sliding_window=None),
     "linear rope": dict(model_type="llama", **rope("linear", factor=3.0)),
+    "dynamic rope": dict(model_type="llama", **rope("dynamic", factor=3.0)),
     "llama3 rope": dict(model_type="llama", **LLAMA3),
     "yarn": dict(model_type="qwen2", **YARN),
     **HYBRIDS,

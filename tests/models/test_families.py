@@ -1,5 +1,6 @@
 """A family is one file: what its facts say fits together, and another package can add one."""
 
+import json
 import pickle
 import re
 import shutil
@@ -164,6 +165,18 @@ def test_a_checkpoint_whose_tensors_do_not_fit_its_config_is_refused(tmp_path):
 
 @pytest.fixture
 def offered(tmp_path, monkeypatch):
+def test_windows_in_which_dynamic_frequencies_change_are_refused(tmp_path):
+    folder = shutil.copytree(DEMO_MODELS / "dense", tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    longest = config["max_position_embeddings"]
+    scaling = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0}
+    (folder / "config.json").write_text(json.dumps(config | {"rope_parameters": scaling}))
+    words = ("method=gptq", "model=local", f"model.path={folder}", "evaluation=none")
+    composed_trial(*words, f"calibration.length={longest}", "calibration.samples=1")
+    with pytest.raises(ConfigError, match=r"rope_type=dynamic. change in windows of more than"):
+        composed_trial(*words, f"calibration.length={longest + 1}", "calibration.samples=1")
+
+
     """Return a function that makes the guide's module an installed package."""
 
     def install(**points):
