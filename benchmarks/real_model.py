@@ -4,12 +4,13 @@
 [--mmlu DIR]` runs what is missing in STORAGE through launch.py, one trial at a time and the most
 telling first, then writes the table and the claims that the records support.
 
-MODEL is a folder in Hugging Face's layout. --test and --calibration are WikiText-2's test and
-validation texts; perplexity is of --windows windows of 2,048 tokens of the test text, and the
-methods are calibrated on --samples windows of 2,048 tokens of the validation text (AWQ: 512, its
-own default). --arc is a CSV file of ARC-Easy's questions, --mmlu a folder with MMLU's dev/ and
-test/, both in the columns question, A, B, C, D, answer and without a header. A cell's questions
-are a trial of their own, which loads the blocks that the cell's first one quantized.
+MODEL is a folder in Hugging Face's layout: `python benchmarks/smollm2.py MODEL` makes it. --test
+and --calibration are WikiText-2's test and validation texts; perplexity is of --windows windows of
+2,048 tokens of the test text, and the methods are calibrated on --samples windows of 2,048 tokens
+of the validation text (AWQ: 512, its own default). --arc is a CSV file of ARC-Easy's questions,
+--mmlu a folder with MMLU's dev/ and test/, both in the columns question, A, B, C, D, answer and
+without a header. A cell's questions are a trial of their own, which loads the blocks that the
+cell's first one quantized.
 
 A trial takes two to ten minutes on one core, the whole grid about three hours on two. What is
 finished is not run again. SIGTERM to this process (or Ctrl-C) stops it after the running trial.

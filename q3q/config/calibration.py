@@ -66,6 +66,13 @@ def resolve_calibration(
     for key, value in (("samples", samples), ("length", length)):
         if value < 1:
             raise ConfigError(f"calibration.{key}={value}: give 1 or more")
+    scaling = facts.rope_scaling
+    if scaling is not None and scaling.kind == "dynamic" and length > facts.max_positions:
+        raise ConfigError(
+            f"calibration.length={length}: this model's rotary frequencies (rope_type=dynamic) "
+            f"change in windows of more than {facts.max_positions} tokens, which q3q does not "
+            "compute: give a shorter length"
+        )
     _refuse_unread(calibration)
     draw = WRITTEN
     if calibration.source != TRACES:

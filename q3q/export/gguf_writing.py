@@ -184,7 +184,7 @@ def _add_facts(writer: GGUFWriter, facts: ModelFacts) -> None:
         writer.add_expert_used_count(facts.top_k)
         writer.add_expert_feed_forward_length(facts.moe_intermediate)
     scaling = facts.rope_scaling
-    if scaling is None:
+    if scaling is None or scaling.kind == "dynamic":  # plain up to the context's length
         return
     if scaling.kind == "llama3":  # llama.cpp reads the factors alone
         rule = (scaling.low, scaling.high, scaling.original, scaling.factor)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-SCALINGS = ("default", "linear", "llama3", "yarn")
+SCALINGS = ("default", "linear", "llama3", "yarn", "dynamic")
 ORIGINAL = "original_max_position_embeddings"
 
 
@@ -24,7 +24,8 @@ ORIGINAL = "original_max_position_embeddings"
 class RopeScaling:
     """How the frequencies differ from the plain ones.
 
-    kind: one of `SCALINGS` but `default`
+    kind: one of `SCALINGS` but `default`; `dynamic` is plain up to the model's most positions, and
+        what transformers computes beyond them is not computed
     factor: by how much the context is longer than the one of training, `original`
     low, high: of `llama3`: wavelengths above original / low are stretched by the factor, those
         below original / high stay; of `yarn`: turns within the original context, `beta_slow` and
@@ -59,7 +60,7 @@ def read_rope(values: Values) -> tuple[float, RopeScaling | None]:
     if kind == "default":
         return theta, None
     own = Values(section, values.wrong)
-    if kind == "linear":
+    if kind in ("linear", "dynamic"):
         return theta, RopeScaling(kind=kind, factor=own.positive("factor"))
     longest = values.count("max_position_embeddings", 32_768)
     within = own if values.config.get(ORIGINAL) is None else values
@@ -129,7 +130,7 @@ def frequencies(
 
     even = torch.arange(0, head_dim, 2, dtype=torch.int64, device=device).float()
     plain = 1.0 / (theta ** (even / head_dim))
-    if scaling is None:
+    if scaling is None or scaling.kind == "dynamic":
         return plain
     if scaling.kind == "linear":
         return plain / scaling.factor

@@ -68,6 +68,7 @@ HYBRID: dict[str, Any] = dict(
     linear_key_head_dim=24,
     linear_value_head_dim=16,
 )
+BESIDE_SHARED = {**MOE, "num_experts": 3, "shared_expert_intermediate_size": 96}
 # Of other families: their own model_type, and what is special about them.
 RELATIVES: dict[str, dict[str, Any]] = {
     "qwen2": dict(model_type="qwen2"),
@@ -87,10 +88,10 @@ RELATIVES: dict[str, dict[str, Any]] = {
             original_max_position_embeddings=64,
         ),
     ),
+    "mistral": dict(model_type="mistral", sliding_window=None, tie_word_embeddings=False),
     "qwen3.5": dict(model_type="qwen3_5_text", **HYBRID),
-    "qwen3-next": dict(
-        model_type="qwen3_next", **HYBRID, **MOE, shared_expert_intermediate_size=96
-    ),
+    "qwen3.5-moe": dict(model_type="qwen3_5_moe_text", **HYBRID, **BESIDE_SHARED),
+    "qwen3-next": dict(model_type="qwen3_next", **HYBRID, **BESIDE_SHARED),
 }
 
 

@@ -1,12 +1,11 @@
 """Small random models of every family, made by transformers, with odd shapes."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 COMMON: dict[str, Any] = dict(
     vocab_size=97,
@@ -72,6 +71,15 @@ HYBRIDS: dict[str, dict[str, Any]] = {
         model_type="qwen3_next", **DELTA, **SHARED, norm_topk_prob=False, mlp_only_layers=[1]
     ),
 }
+VISION: dict[str, int] = dict(
+    depth=1,
+    hidden_size=8,
+    intermediate_size=8,
+    num_heads=2,
+    patch_size=2,
+    out_hidden_size=COMMON["hidden_size"],
+    num_position_embeddings=4,
+)
 KINDS: dict[str, dict[str, Any]] = {
     "dense": dict(model_type="qwen3", num_attention_heads=6, head_dim=8),
     "moe": dict(model_type="qwen3_moe", num_attention_heads=6, head_dim=8, **MOE),
@@ -80,6 +88,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "llama, biases": dict(model_type="llama", attention_bias=True, mlp_bias=True),
     "mistral": dict(model_type="mistral", sliding_window=None),
     "linear rope": dict(model_type="llama", **rope("linear", factor=3.0)),
+    "dynamic rope": dict(model_type="llama", **rope("dynamic", factor=3.0)),
     "llama3 rope": dict(model_type="llama", **LLAMA3),
     "yarn": dict(model_type="qwen2", **YARN),
     **HYBRIDS,
@@ -112,24 +121,38 @@ def build(kind: str, tied: bool = True, **sizes: int) -> Any:
     """Return transformers' model, in evaluation mode, every tensor of it random."""
     torch.manual_seed(0)
     settings = {**COMMON, **KINDS[kind], "tie_word_embeddings": tied, **sizes}
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings)).eval()
+    return drawn(AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings)))
+
+
+def drawn(model: Any) -> Any:
+    """Return a model, in evaluation mode, whose gains and biases differ too."""
     with torch.no_grad():
         for name, tensor in model.named_parameters():
             if "norm" in name or name.endswith((".bias", "dt_bias")):
                 tensor.add_(torch.randn_like(tensor) * 0.3)
-    return model
+    return model.eval()
 
 
-def nest(folder: Path) -> None:
-    """Make a text model's folder one of a model that sees images and predicts several tokens."""
-    text = json.loads((folder / "config.json").read_text())
-    outer = {"model_type": text["model_type"].removesuffix("_text"), "text_config": text}
-    (folder / "config.json").write_text(json.dumps(outer))
-    tensors = {
-        name.replace("model.", "model.language_model.", 1): tensor
-        for name, tensor in load_file(folder / "model.safetensors").items()
-    }
-    generator = torch.Generator().manual_seed(0)
-    tensors["model.visual.blocks.0.attn.qkv.weight"] = torch.randn(6, 4, generator=generator).half()
-    tensors["mtp.layers.0.mlp.up_proj.weight"] = torch.randn(5, 3, generator=generator)
+def build_seeing(kind: str, tied: bool = True, **sizes: int) -> Any:
+    """Return transformers' model that sees images, whose text part is of a hybrid's kind."""
+    torch.manual_seed(0)
+    text = {**COMMON, **KINDS[kind], "tie_word_embeddings": tied, **sizes}
+    outer = text["model_type"].removesuffix("_text")
+    settings = AutoConfig.for_model(
+        outer, text_config=text, vision_config=VISION, tie_word_embeddings=tied
+    )
+    return drawn(AutoModelForImageTextToText.from_config(settings))
+
+
+def save_seeing(model: Any, folder: Path) -> int:
+    """Save it as released ones are, which also predict several tokens.
+
+    Returns:
+        The bytes of the tensors that are not of the text part.
+    """
+    model.save_pretrained(folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["mtp.layers.0.mlp.up_proj.weight"] = torch.randn(5, 3).half()
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    beside = ("model.visual.", "mtp.")
+    return sum(tensor.nbytes for name, tensor in tensors.items() if name.startswith(beside))

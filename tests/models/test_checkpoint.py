@@ -333,7 +333,8 @@ def test_both_spellings_of_a_config_say_the_same():
     ("change", "complaint"),
     [
         ({"model_type": "lama"}, "model_type 'lama' is of no family that q3q runs"),
-        ({"model_type": "lama"}, "the nearest is llama. docs/FAMILY_GUIDE.md"),
+        ({"model_type": "lama"}, "the nearest name is llama. docs/FAMILY_GUIDE.md"),
+        ({"model_type": "gemma3_text"}, "mistral. docs/FAMILY_GUIDE.md"),  # and none is near
         ({"model_type": ["qwen3"]}, "is of no family"),
         ({"model_type": "qwen3" * 10**6}, "docs/FAMILY_GUIDE.md"),
         ({"model_type": None}, "model_type 'None' is of no family"),
@@ -341,8 +342,8 @@ def test_both_spellings_of_a_config_say_the_same():
         ({"attention_bias": True}, "attention_bias=True is not supported"),
         ({"use_sliding_window": True}, "use_sliding_window=True is not supported"),
         (
-            {"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}},
-            "rope_type='dynamic' is not supported, only default, linear, llama3, yarn",
+            {"rope_scaling": {"rope_type": "proportional", "factor": 4.0}},
+            "rope_type='proportional' is not supported, only default, linear, llama3, yarn, dyn",
         ),
         ({"rope_scaling": {"type": "linear"}}, "factor=None; a finite number above 0"),
         ({"rope_scaling": {"type": "linear", "factor": -2}}, "factor=-2"),

@@ -1,5 +1,6 @@
 """A family is one file: what its facts say fits together, and another package can add one."""
 
+import json
 import pickle
 import re
 import shutil
@@ -48,19 +49,27 @@ RELEASED = {
     "llama3_2_1b": ("llama", 2048, 16, 32, 8, 8192, 128256, True, 1_235_814_400),
     "llama3_2_3b": ("llama", 3072, 28, 24, 8, 8192, 128256, True, 3_212_749_824),
     "llama3_1_8b": ("llama", 4096, 32, 32, 8, 14336, 128256, False, 8_030_261_248),
+    "llama2_7b": ("llama", 4096, 32, 32, 32, 11008, 32000, False, 6_738_415_616),
+    "llama2_13b": ("llama", 5120, 40, 40, 40, 13824, 32000, False, 13_015_864_320),
+    "llama2_70b": ("llama", 8192, 80, 64, 8, 28672, 32000, False, 68_976_648_192),
+    "llama3_8b": ("llama", 4096, 32, 32, 8, 14336, 128256, False, 8_030_261_248),
     "qwen2_5_0_5b": ("qwen2", 896, 24, 14, 2, 4864, 151936, True, 494_032_768),
     "qwen2_5_1_5b": ("qwen2", 1536, 28, 12, 2, 8960, 151936, True, 1_543_714_304),
     "qwen2_5_3b": ("qwen2", 2048, 36, 16, 2, 11008, 151936, True, 3_085_938_688),
+    "llama3_1_70b": ("llama", 8192, 80, 64, 8, 28672, 128256, False, 70_553_706_496),
+    "llama3_3_70b": ("llama", 8192, 80, 64, 8, 28672, 128256, False, 70_553_706_496),
     "qwen2_5_7b": ("qwen2", 3584, 28, 28, 4, 18944, 152064, False, 7_615_616_512),
     "qwen2_5_14b": ("qwen2", 5120, 48, 40, 8, 13824, 152064, False, 14_770_033_664),
     "qwen2_5_32b": ("qwen2", 5120, 64, 40, 8, 27648, 152064, False, 32_763_876_352),
     "mistral_7b": ("mistral", 4096, 32, 32, 8, 14336, 32768, False, 7_248_023_552),
 }
 
+    "qwen2_5_72b": ("qwen2", 8192, 80, 64, 8, 29568, 152064, False, 72_706_203_648),
 
 @pytest.mark.parametrize("page", RELEASED)
+POST_TRAINED_ALONE = {"llama3_3_70b"}
 def test_released_sizes_are_counted_from_config_json(page):
-    """And conf/model has a page for each, and one for the model before post-training."""
+    """And conf/model has a page for each, and one for what was released before post-training."""
     kind, hidden, layers, heads, kv_heads, intermediate, vocab, tied, parameters = RELEASED[page]
     config = {
         "model_type": kind,
@@ -75,11 +84,11 @@ def test_released_sizes_are_counted_from_config_json(page):
         **({"sliding_window": None} if kind == "mistral" else {}),
     }
     assert read_facts(config).parameters == parameters
-    for name in (page, f"{page}_base"):
+    for name in (page, f"{page}_base")[: 1 if page in POST_TRAINED_ALONE else 2]:
         content = OmegaConf.load(CONF / "model" / f"{name}.yaml")
         assert content.name == name
-        instruct = "Instruct" in content.source
-        assert instruct == (name == page)
+        post_trained = "Instruct" in content.source or "-chat-" in content.source
+        assert post_trained == (name == page)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -156,6 +165,18 @@ def test_a_checkpoint_whose_tensors_do_not_fit_its_config_is_refused(tmp_path):
 
 @pytest.fixture
 def offered(tmp_path, monkeypatch):
+def test_windows_in_which_dynamic_frequencies_change_are_refused(tmp_path):
+    folder = shutil.copytree(DEMO_MODELS / "dense", tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    longest = config["max_position_embeddings"]
+    scaling = {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 2.0}
+    (folder / "config.json").write_text(json.dumps(config | {"rope_parameters": scaling}))
+    words = ("method=gptq", "model=local", f"model.path={folder}", "evaluation=none")
+    composed_trial(*words, f"calibration.length={longest}", "calibration.samples=1")
+    with pytest.raises(ConfigError, match=r"rope_type=dynamic. change in windows of more than"):
+        composed_trial(*words, f"calibration.length={longest + 1}", "calibration.samples=1")
+
+
     """Return a function that makes the guide's module an installed package."""
 
     def install(**points):

@@ -42,8 +42,8 @@ def find_family(model_type: Any) -> Family:
     if word in points:
         return _load(points[word])
     known = (*OWN, *sorted(points))
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.4)
-    nearest = f"; the nearest is {near[0]}" if near else ""
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.7)
+    nearest = f"; the nearest name is {near[0]}" if near else ""
     raise CheckpointError(
         f"model_type {word!r} is of no family that q3q runs: {', '.join(known)}{nearest}. "
         f"{GUIDE} says how to add one, in one file"
