@@ -1,8 +1,8 @@
 """Compare what q3q reads of others' checkpoints with what the formats' own loaders read.
 
 `python benchmarks/judge.py [--cache DIR] [--only NAME]` makes checkpoints of a demo model with
-llm-compressor, GPTQModel, bitsandbytes and auto-round, each in an environment of its own
-(`methods.py` makes those of the first two). There the format's own loader reads the files and plain
+llm-compressor, GPTQModel, bitsandbytes, auto-round, transformers (FP8 as Qwen releases it) and
+ModelOpt, in environments of their own (`methods.py` makes those of the first two). There the format's own loader reads the files and plain
 transformers computes the logits of fixed windows in float32. q3q reads the same files. The table
 shows the KL from the original by both, in nats, and the largest difference of a position's KL.
 
@@ -60,12 +60,22 @@ COLUMNS = "whole columns with a large input left as they are, as bitsandbytes do
 PUBLISHED = Peer(
     name="published",
     script="published.py",
-    requirements=("transformers==5.23.0", "accelerate", "bitsandbytes", "auto-round"),
+    requirements=(
+        "transformers==5.23.0",
+        "accelerate==1.15.0",
+        "bitsandbytes==0.50.2",
+        "auto-round==0.16.1",
+    ),
 )
 MODELOPT = Peer(
     name="modelopt",
     script="published.py",
-    requirements=("nvidia-modelopt==0.47.0", "transformers==5.23.0", "accelerate", "requests"),
+    requirements=(
+        "nvidia-modelopt==0.47.0",
+        "transformers==5.23.0",
+        "accelerate==1.15.0",
+        "requests",
+    ),
 )
 FP8_CACHE = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False}
 

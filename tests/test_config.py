@@ -602,6 +602,11 @@ WRONG = [  # (the command line, what the message must say)
 IMPOSSIBLE = [
     ("bits=1 method=gptq", "method=gptq cannot do bits=1; it takes 2 to 8"),
     ("method=none act_bits=8", "quantizes nothing"),
+    ("method=smoothquant symmetric=false", "symmetric=false makes no sense"),
+    (
+        "method=smoothquant format=q4_k",
+        r"format=q4_k has offsets; .* format=int,.*,q6_k,q3_k,q4_0$",
+    ),
     (
         "method=gptq overrides={blocks.[0-2]:{bits:1},blocks.4.self_attn.q_proj:{bits:1}}",
         "method=gptq cannot do bits=1; .*qkv of blocks 0-2, .*down of blocks 0-2, "
@@ -616,6 +621,8 @@ IMPOSSIBLE = [
 ]
 WITHOUT_MODEL = [
     ("model=local model.path=/nowhere", "/nowhere is not a folder"),
+    ("model=local model.path=/nowhere.gguf", "there is no file /nowhere.gguf$"),
+    ("model=judge model.reference=demo model.source=./none.gguf", "no file .*none.gguf$"),
     ("model=qwen3_8b", "model=local model.path=DIR"),
 ]
 WITHOUT_TEXT = [

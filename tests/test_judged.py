@@ -20,7 +20,7 @@ from q3q.evaluate.compare import compare
 from q3q.kv_scheme import KvScheme
 from q3q.models.checkpoint import Checkpoint, load_tokenizer
 from q3q.models.decoder import load_decoder
-from q3q.models.likeness import note_of
+from q3q.models.likeness import compare_weights, note_of
 from q3q.numerics.divergence import kl_divergence
 from q3q.placement import Trial
 from q3q.record import JUDGED
@@ -284,6 +284,69 @@ def test_scales_that_are_no_numbers_or_zero_are_refused(tmp_path, change, said):
     folder = fp8_copy(tmp_path / "spoiled", change)
     with pytest.raises(CheckpointError, match=rf"{DOWN}.weight_scale.*{said}"):
         Checkpoint(folder).block(1)
+
+
+def in_16_bits(tensors, quantization):
+    """Leave a linear in 16 bits, with a number that is none."""
+    plain = torch.ones(tensors[f"{DOWN}.weight"].shape, dtype=torch.bfloat16)
+    plain[3, 4] = float("inf")
+    tensors[f"{DOWN}.weight"] = plain
+    del tensors[f"{DOWN}.weight_scale"]
+    quantization["ignore"].append(DOWN)
+
+
+def at_once(name, value, place=5):
+    def change(tensors, quantization):
+        tensors[name].view(-1)[place] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (in_16_bits, f"{DOWN}.weight"),
+        (at_once(f"{DOWN}.weight", float("nan")), f"{DOWN}.weight"),
+        *(
+            (at_once(name, float("nan")), name)
+            for name in (
+                "model.layers.1.input_layernorm.weight",
+                "model.embed_tokens.weight",
+            )
+        ),
+    ],
+)
+def test_a_tensor_with_numbers_that_are_none_is_refused_by_its_name(tmp_path, change, name):
+    folder = fp8_copy(tmp_path / "spoiled", change)
+    with pytest.raises(CheckpointError, match=rf"^{name} holds numbers that are not finite"):
+        compare_weights(Checkpoint(folder), Checkpoint(DEMO))
+
+
+def test_numbers_that_rounding_does_not_explain_are_named(tmp_path):
+    def change(tensors, quantization):
+        tensors[f"{DOWN}.weight_scale"] *= 100
+        tensors["model.layers.0.mlp.up_proj.weight_scale"][7] *= -1
+        norm = tensors["model.layers.1.input_layernorm.weight"]
+        norm.copy_(torch.rand(norm.shape, generator=torch.manual_seed(0)))
+        tensors["model.norm.weight"] *= 1.1
+        tensors["model.layers.2.self_attn.v_proj.weight_scale"] *= 1e25  # squares exceed float32
+
+    checkpoint = Checkpoint(fp8_copy(tmp_path / "odd", change))
+    likeness = compare_weights(checkpoint, Checkpoint(DEMO))
+    assert likeness.unlike == {}
+    assert set(likeness.far) == {"blocks.1.mlp.down_proj", "blocks.2.self_attn.v_proj"}
+    assert likeness.far["blocks.1.mlp.down_proj"] == pytest.approx(99, rel=0.01)
+    assert likeness.far["blocks.2.self_attn.v_proj"] == pytest.approx(1e25, rel=0.01)
+    assert set(likeness.moved) == {"blocks.1.input_layernorm", "final norm"}
+    assert likeness.moved["final norm"] == pytest.approx(0.1, rel=0.01)
+    far, moved = likeness.doubts()
+    assert far.startswith("mlp.down_proj of block 1; self_attn.v_proj of block 2: not of the orig")
+    assert moved.startswith("final norm; input_layernorm of block 1: not the original's numbers")
+    rows = len(checkpoint.matrix(0, "mlp.up_proj.weight"))
+    assert list(checkpoint.doubts) == [
+        f"model.layers.0.mlp.up_proj.weight_scale: 1 of {rows} scales are negative, and the "
+        "format's are magnitudes"
+    ]
 
 
 def test_a_missing_scale_is_named_with_what_is_there(tmp_path):

@@ -27,7 +27,7 @@ from q3q.models.disk_names import (
     sources_of,
 )
 from q3q.models.facts import ModelFacts, read_facts
-from q3q.models.gguf_file import gguf_of, open_gguf
+from q3q.models.gguf_file import SUFFIX, gguf_of, open_gguf
 from q3q.models.model_files import (
     ModelFiles,
     carried_over,
@@ -84,6 +84,8 @@ class Checkpoint:
     def __init__(self, folder: Path) -> None:
         self.gguf = None if (path := gguf_of(folder)) is None else open_gguf(path)
         if self.gguf is None and not folder.is_dir():
+            if folder.suffix == SUFFIX and not folder.exists():
+                raise CheckpointError(f"there is no file {folder}")
             raise CheckpointError(f"{folder} is not a folder. {OWN_FOLDER}")
         self.folder = folder if self.gguf is None else self.gguf.path.parent
         for name in (*TOKENIZER_FILES, GENERATION):

@@ -1,13 +1,13 @@
 """A published checkpoint beside the original that it was made of: weights, tokenizers, formats.
 
-Shapes: E experts (1 for a matrix of no experts), N numbers of a matrix.
+Shapes: E experts (1 for a matrix of no experts), N numbers of a matrix or a vector.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from q3q.errors import CheckpointError, first_line
+from q3q.formatting import significant
 from q3q.models.checkpoint import Checkpoint, load_tokenizer
 from q3q.models.disk_names import (
     disk_shapes,
@@ -28,6 +29,7 @@ from q3q.models.disk_names import (
 from q3q.models.facts import ModelFacts
 from q3q.models.published.packing import Packing
 from q3q.number_formats import INT, short_name
+from q3q.numerics.linalg import all_finite
 from q3q.reporter import Steps, no_steps
 
 # Below this correlation a matrix has nothing to do with the original's. On the demo models,
@@ -35,6 +37,14 @@ from q3q.reporter import Steps, no_steps
 # signs alone 0.75; a random matrix has 0.02 at most, and another block's same matrix 0.08. The
 # largest of 10,000 pairs of random matrices of 1,000 numbers was 0.12.
 UNLIKE = 0.25
+# A matrix of zeros has this relative error, so rounding to fewer bits leaves less.
+FAR = 1.0
+# Vectors are not quantized: storing them in 16 bits leaves a relative error of 0.004 at most.
+MOVED = 0.02
+SCALED = (
+    "methods that move factors between norms and matrices do this (AWQ, SmoothQuant, rotations), "
+    "others do not"
+)
 ROWS_AT_ONCE = 16384  # of the embedding or the head
 PLAIN_TYPES = ("F64", "F32", "F16", "BF16")  # of a GGUF file's tensors that are no codes
 NAMED = 4  # things of one kind that a line names
@@ -54,10 +64,14 @@ class Likeness:
 
     unlike: matrices that have nothing to do with the original's, with their correlations
     errors: |w - original| / |original| of each linear, by name
+    far: other matrices whose error exceeds `FAR`, with it (of experts the worst one's)
+    moved: vectors (norms, biases) whose error exceeds `MOVED`, with it
     """
 
-    unlike: dict[str, float]
-    errors: dict[str, float]
+    unlike: dict[str, float] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
+    far: dict[str, float] = field(default_factory=dict)
+    moved: dict[str, float] = field(default_factory=dict)
 
     @property
     def largest(self) -> tuple[str, float] | None:
@@ -68,48 +82,65 @@ class Likeness:
     def median_error(self) -> float | None:
         return median(self.errors.values()) if self.errors else None
 
+    def doubts(self) -> Iterator[str]:
+        """Yield a line for each kind of numbers that rounding alone does not explain."""
+        for found, what in (
+            (self.far, "not of the original's size"),
+            (self.moved, "not the original's numbers"),
+        ):
+            if found:
+                worst = significant(max(found.values()), 2)
+                yield f"{in_groups(list(found))}: {what} (relative error up to {worst}); {SCALED}"
+
 
 def compare_weights(
     checkpoint: Checkpoint, original: Checkpoint, steps: Steps = no_steps
 ) -> Likeness:
-    """Compare all matrices, one at a time, as they are in memory.
+    """Compare all tensors, one matrix at a time, as they are in memory.
 
     Raises:
-        CheckpointError: scales are no numbers, or zero.
+        CheckpointError: numbers are not finite, or scales are zero.
     """
-    facts, unlike, errors = checkpoint.facts, dict[str, float](), dict[str, float]()
+    facts, found = checkpoint.facts, Likeness()
     for end, name, theirs_name in _ends(checkpoint, original):
         sums = torch.zeros(3, 1, dtype=torch.float64)
         for first in range(0, facts.vocab, ROWS_AT_ONCE):
             count = min(ROWS_AT_ONCE, facts.vocab - first)
             rows = checkpoint.rows(name, first, count)
-            sums += _sums(rows[None], original.rows(theirs_name, first, count)[None])
-        _note(unlike, errors, end, sums, linear=False)
+            sums += _sums(rows, original.rows(theirs_name, first, count), name)
+        _note_matrix(found, end, sums, linear=False)
     for k in range(facts.layers):
         linears = facts.linears(k)
         for name, shape in facts.block_shapes(k).items():
-            if len(shape) > 1:
-                of_each = list[Tensor]()
-                for e in range(shape[0] if is_stacked(name) else 1):
-                    ours, theirs = (each.matrix(k, name, e) for each in (checkpoint, original))
-                    of_each.append(_sums(ours[None], theirs[None]))
-                    if name in linears:
-                        _look_for_zeros(checkpoint, k, name, e, ours)
-                own = f"blocks.{k}.{name.removesuffix('.weight')}"
-                _note(unlike, errors, own, torch.cat(of_each, dim=1), linear=name in linears)
+            of_each = list[Tensor]()
+            for e in range(shape[0] if is_stacked(name) else 1):
+                ours, theirs = (each.matrix(k, name, e) for each in (checkpoint, original))
+                full = facts.on_disk(k, of_expert(name, e) if is_stacked(name) else name)
+                of_each.append(_sums(ours, theirs, full))
+                if name in linears:
+                    _look_for_zeros(checkpoint, full, ours)
+            own, sums = f"blocks.{k}.{name.removesuffix('.weight')}", torch.cat(of_each, dim=1)
+            if len(shape) > (2 if is_stacked(name) else 1):
+                _note_matrix(found, own, sums, linear=name in linears)
+            else:
+                _note_vector(found, own, sums)
         steps(k + 1, facts.layers)
-    return Likeness(unlike, errors)
+    norms = checkpoint.final_norm(), original.final_norm()
+    _note_vector(found, "final norm", _sums(*norms, facts.family.final_norm))
+    return found
 
 
-def _look_for_zeros(checkpoint: Checkpoint, k: int, name: str, expert: int, weight: Tensor) -> None:
+def _look_for_zeros(checkpoint: Checkpoint, full: str, weight: Tensor) -> None:
     """Doubt a linear of a GGUF file in which some blocks are zero.
+
+    Args:
+        full: its name on disk.
 
     Raises:
         CheckpointError: most are.
     """
     if checkpoint.gguf is None:
         return
-    full = checkpoint.facts.on_disk(k, of_expert(name, expert) if is_stacked(name) else name)
     stored = checkpoint.gguf.tensors[full]
     if stored.type in PLAIN_TYPES:
         return
@@ -129,25 +160,50 @@ def _ends(checkpoint: Checkpoint, original: Checkpoint) -> Iterator[tuple[str, s
         yield "head", family.head, theirs.embedding if original.facts.tied else theirs.head
 
 
-def _sums(ours: Tensor, theirs: Tensor) -> Tensor:
-    """Return the sums of a * b, a * a and b * b of each expert, [3, E], float64."""
-    a_EN, b_EN = (w.flatten(1).float() for w in (ours, theirs))
-    pairs = ((a_EN, b_EN), (a_EN, a_EN), (b_EN, b_EN))
-    return torch.stack([(x * y).sum(1, dtype=torch.float64) for x, y in pairs])
+def _sums(ours: Tensor, theirs: Tensor, name: str) -> Tensor:
+    """Return the sums of a * b, a * a and b * b of one tensor, [3, 1], float64.
+
+    Raises:
+        CheckpointError: a number of ours is not finite.
+    """
+    a_N, b_N = (w.flatten().float() for w in (ours, theirs))
+    if not all_finite(a_N):
+        raise CheckpointError(f"{name} holds numbers that are not finite: damaged")
+
+    def sums(a_N: Tensor, b_N: Tensor) -> Tensor:
+        pairs = ((a_N, b_N), (a_N, a_N), (b_N, b_N))
+        return torch.stack([(x * y).sum(dtype=torch.float64) for x, y in pairs])[:, None]
+
+    found = sums(a_N, b_N)
+    # Products of damaged numbers may exceed float32.
+    return found if all_finite(found) else sums(a_N.double(), b_N.double())
 
 
-def _note(
-    unlike: dict[str, float], errors: dict[str, float], name: str, sums: Tensor, *, linear: bool
-) -> None:
+def _errors(sums: Tensor) -> Tensor:
+    """Return the squared relative error of each expert, [E]."""
+    both_E, ours_E, theirs_E = sums
+    return (ours_E - 2 * both_E + theirs_E).clamp(min=0) / theirs_E.clamp(min=1e-300)
+
+
+def _note_matrix(found: Likeness, name: str, sums: Tensor, *, linear: bool) -> None:
     both_E, ours_E, theirs_E = sums
     correlation_E = both_E / (ours_E * theirs_E).sqrt().clamp(min=1e-300)
     worst = int(correlation_E.argmin())
     if float(correlation_E[worst]) < UNLIKE:
         of = f", expert {worst}" if len(correlation_E) > 1 else ""
-        unlike[name + of] = float(correlation_E[worst])
+        found.unlike[name + of] = float(correlation_E[worst])
+    error_E = _errors(sums)
     if linear:
-        error_E = (ours_E - 2 * both_E + theirs_E).clamp(min=0) / theirs_E.clamp(min=1e-300)
-        errors[name] = float(error_E.mean().sqrt())
+        found.errors[name] = float(error_E.mean().sqrt())
+    far = float(error_E.masked_fill(correlation_E < UNLIKE, 0).max().sqrt())
+    if far > FAR:
+        found.far[name] = far
+
+
+def _note_vector(found: Likeness, name: str, sums: Tensor) -> None:
+    error = float(_errors(sums).max().sqrt())
+    if error > MOVED:
+        found.moved[name] = error
 
 
 def tokenizer_differences(checkpoint: Checkpoint, original: Any) -> list[str]:
@@ -208,10 +264,13 @@ def _is_plain(checkpoint: Checkpoint, k: int, name: str) -> bool:
 def in_groups(linears: list[str]) -> str:
     """Name linears by what they are: `mlp.down_proj of blocks 0, 1 and 3 more`."""
     blocks: dict[str, list[str]] = {}
+    words = []
     for linear in linears:
+        if not linear.startswith("blocks."):
+            words.append(linear)  # the embedding, the head, the final norm
+            continue
         _, block, name = linear.split(".", 2)
         blocks.setdefault(without_expert(name), []).append(block)
-    words = []
     for name, numbers in blocks.items():
         distinct = list(dict.fromkeys(numbers))
         more = f" and {len(distinct) - NAMED} more" if len(distinct) > NAMED else ""
@@ -277,7 +336,7 @@ def note_of(
         tokenizer: the original's.
 
     Raises:
-        CheckpointError: scales are no numbers, or zero.
+        CheckpointError: numbers are not finite, or scales are zero.
     """
     likeness = compare_weights(checkpoint, original, steps)
     plain = unquantized_linears(checkpoint)
@@ -291,5 +350,5 @@ def note_of(
         "largest_error": None if largest is None else list(largest),
         "tokenizer": tokenizer_differences(checkpoint, tokenizer),
         "inexact": inexact(checkpoint),
-        "doubts": list(checkpoint.doubts),
+        "doubts": [*checkpoint.doubts, *likeness.doubts()],
     }

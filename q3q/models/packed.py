@@ -51,6 +51,9 @@ class Layout(ABC):
     own_scales: ClassVar[bool] = False  # scales are stored in the model's dtype, not in float16
     optional: ClassVar[tuple[str, ...]] = ()  # parts that some writers leave out
     scale_parts: ClassVar[tuple[str, ...]] = ("weight_scale",)  # parts that hold scales
+    # Scales are magnitudes. Of whole numbers, which reach one further below zero than above,
+    # some writers (auto-round) store negative ones.
+    unsigned: ClassVar[bool] = False
 
     def groups(self, columns: int) -> int:
         return 1 if self.group_size == -1 else columns // self.group_size
@@ -284,7 +287,8 @@ def input_parts(layout: Layout) -> dict[str, Part]:
 
 
 def doubts_of(layout: Layout, parts: Mapping[str, Tensor], linear: str) -> Iterator[str]:
-    """Yield a line about scales of zero, which make zeros of all weights that share them.
+    """Yield lines about scales of zero, which make zeros of all weights that share them, and
+    about negative ones where the layout's scales are magnitudes.
 
     Raises:
         CheckpointError: a scale is no number, or most of them are zero.
@@ -300,6 +304,11 @@ def doubts_of(layout: Layout, parts: Mapping[str, Tensor], linear: str) -> Itera
             raise CheckpointError(f"{linear}.{name}: {zeros} of {scale.numel()} scales are zero")
         if zeros:
             yield f"{linear}.{name}: {zeros} of {scale.numel()} scales are zero"
+        if layout.unsigned and (below := int((scale < 0).sum())):
+            yield (
+                f"{linear}.{name}: {below} of {scale.numel()} scales are negative, and the "
+                "format's are magnitudes"
+            )
 
 
 def _words(count: int, bits: int) -> int:

@@ -41,6 +41,7 @@ class FloatLayout(Layout):
     group_rows: int = 1
 
     own_scales: ClassVar[bool] = True
+    unsigned: ClassVar[bool] = True
 
     @property
     def form(self) -> NumberFormat:

@@ -34,6 +34,7 @@ class TableCodes(Layout):
     double: bool = False
 
     marker: ClassVar[str] = "weight.quant_map"
+    unsigned: ClassVar[bool] = True
 
     @property
     def scale_parts(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -96,6 +97,7 @@ class Int8Rows(Layout):
     """bitsandbytes' LLM.int8: signed bytes, and the largest magnitude of each row."""
 
     marker: ClassVar[str] = "SCB"
+    unsigned: ClassVar[bool] = True
     scale_parts: ClassVar[tuple[str, ...]] = ("SCB",)
 
     def parts(self, rows: int, columns: int) -> dict[str, Part]:

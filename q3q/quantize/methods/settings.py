@@ -307,6 +307,14 @@ class SmoothQuantSettings(MethodSettings):
         return None
 
     def clash(self, scheme: Scheme) -> str | None:
+        if not scheme.symmetric and scheme.format in BLOCKS:
+            taken = [
+                name for name in self.formats if name not in BLOCKS or not BLOCKS[name].offsets
+            ]
+            return (
+                f"method={self.name} rounds to grids that are symmetric around zero, and "
+                f"format={scheme.format} has offsets; it takes format={','.join(taken)}"
+            )
         if not scheme.symmetric:
             return (
                 f"method={self.name} rounds to grids that are symmetric around zero, so "
