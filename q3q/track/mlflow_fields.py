@@ -92,8 +92,8 @@ def record_metrics(record: TrialRecord) -> dict[str, float]:
 def columns(deciding: Iterable[str]) -> dict[str, str]:
     """Return names for a table's columns of the metrics that trials are judged by.
 
-    Before 3.17, MLflow shows columns in the order of the alphabet, each as wide as thirteen letters:
-    `acc`, `ppl library`, `ppl stories`, then `size MB`.
+    Before 3.17, MLflow shows columns in the order of the alphabet, each as wide as thirteen
+    letters: `acc`, `ppl library`, `ppl stories`, then `size MB`.
     """
     return {name: _column(name) for name in deciding}
 
