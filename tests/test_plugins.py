@@ -26,6 +26,7 @@ from q3q.sweep.costs import CostModel
 from q3q.sweep.machines import Machine, ResourceRequest
 from q3q.sweep.plan import plan
 from tests.commands import python
+from tests.printed import pip_install, write_printed
 from tests.sweep.test_plan import facts as facts_of
 
 ROOT = Path(__file__).parent.parent
@@ -91,27 +92,13 @@ def installed(tmp_path_factory):
     Beside it lies a package that does not load.
     """
     source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("target")
-    page = GUIDE.read_text(encoding="utf-8")
-    for name, body in re.findall(r"(?ms)^`([\w/]+\.(?:py|toml))`.*?^```\w+\n(.*?)^```", page):
-        path = source / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(body, encoding="utf-8")
+    write_printed(GUIDE, source)
     assert sorted(path.name for path in source.iterdir()) == [
         "pyproject.toml",
         "q3q_tiny",
         "test_tiny.py",
     ]
-    install = [
-        "pip",
-        "install",
-        "--quiet",
-        "--no-deps",
-        "--no-build-isolation",
-        "--no-index",
-        "--target",
-        str(target),
-    ]
-    subprocess.run([sys.executable, "-m", *install, str(source)], check=True, timeout=120)
+    pip_install(source, target)
     pretend_to_install(target, "q3q-broken", {"broken": "q3q_broken.settings:Broken"})
     return source, target
 

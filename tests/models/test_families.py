@@ -2,8 +2,8 @@
 
 import json
 import pickle
-import re
 import shutil
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,10 +24,12 @@ from q3q.models.streaming import StreamedDecoder
 from q3q.quantize.ledger import Ledger, sizes
 from q3q.quantize.walk import quantize_model
 from q3q.spec import Scheme
+from tests.commands import python
 from tests.composed import composed_trial
 from tests.methods import built
 from tests.models.families import COMMON, KINDS, build
 from tests.nowhere import Nowhere
+from tests.printed import pip_install, write_printed
 from tests.test_plugins import pretend_to_install
 
 ROOT = Path(__file__).parents[2]
@@ -46,28 +48,28 @@ RELEASED = {
     "smollm2_135m": ("llama", 576, 30, 9, 3, 1536, 49152, True, 134_515_008),
     "smollm2_360m": ("llama", 960, 32, 15, 5, 2560, 49152, True, 361_821_120),
     "smollm2_1_7b": ("llama", 2048, 24, 32, 32, 8192, 49152, True, 1_711_376_384),
-    "llama3_2_1b": ("llama", 2048, 16, 32, 8, 8192, 128256, True, 1_235_814_400),
-    "llama3_2_3b": ("llama", 3072, 28, 24, 8, 8192, 128256, True, 3_212_749_824),
-    "llama3_1_8b": ("llama", 4096, 32, 32, 8, 14336, 128256, False, 8_030_261_248),
     "llama2_7b": ("llama", 4096, 32, 32, 32, 11008, 32000, False, 6_738_415_616),
     "llama2_13b": ("llama", 5120, 40, 40, 40, 13824, 32000, False, 13_015_864_320),
     "llama2_70b": ("llama", 8192, 80, 64, 8, 28672, 32000, False, 68_976_648_192),
     "llama3_8b": ("llama", 4096, 32, 32, 8, 14336, 128256, False, 8_030_261_248),
+    "llama3_2_1b": ("llama", 2048, 16, 32, 8, 8192, 128256, True, 1_235_814_400),
+    "llama3_2_3b": ("llama", 3072, 28, 24, 8, 8192, 128256, True, 3_212_749_824),
+    "llama3_1_8b": ("llama", 4096, 32, 32, 8, 14336, 128256, False, 8_030_261_248),
+    "llama3_1_70b": ("llama", 8192, 80, 64, 8, 28672, 128256, False, 70_553_706_496),
+    "llama3_3_70b": ("llama", 8192, 80, 64, 8, 28672, 128256, False, 70_553_706_496),
     "qwen2_5_0_5b": ("qwen2", 896, 24, 14, 2, 4864, 151936, True, 494_032_768),
     "qwen2_5_1_5b": ("qwen2", 1536, 28, 12, 2, 8960, 151936, True, 1_543_714_304),
     "qwen2_5_3b": ("qwen2", 2048, 36, 16, 2, 11008, 151936, True, 3_085_938_688),
-    "llama3_1_70b": ("llama", 8192, 80, 64, 8, 28672, 128256, False, 70_553_706_496),
-    "llama3_3_70b": ("llama", 8192, 80, 64, 8, 28672, 128256, False, 70_553_706_496),
     "qwen2_5_7b": ("qwen2", 3584, 28, 28, 4, 18944, 152064, False, 7_615_616_512),
     "qwen2_5_14b": ("qwen2", 5120, 48, 40, 8, 13824, 152064, False, 14_770_033_664),
     "qwen2_5_32b": ("qwen2", 5120, 64, 40, 8, 27648, 152064, False, 32_763_876_352),
+    "qwen2_5_72b": ("qwen2", 8192, 80, 64, 8, 29568, 152064, False, 72_706_203_648),
     "mistral_7b": ("mistral", 4096, 32, 32, 8, 14336, 32768, False, 7_248_023_552),
 }
+POST_TRAINED_ALONE = {"llama3_3_70b"}
 
-    "qwen2_5_72b": ("qwen2", 8192, 80, 64, 8, 29568, 152064, False, 72_706_203_648),
 
 @pytest.mark.parametrize("page", RELEASED)
-POST_TRAINED_ALONE = {"llama3_3_70b"}
 def test_released_sizes_are_counted_from_config_json(page):
     """And conf/model has a page for each, and one for what was released before post-training."""
     kind, hidden, layers, heads, kv_heads, intermediate, vocab, tied, parameters = RELEASED[page]
@@ -163,8 +165,6 @@ def test_a_checkpoint_whose_tensors_do_not_fit_its_config_is_refused(tmp_path):
         Checkpoint(tmp_path)
 
 
-@pytest.fixture
-def offered(tmp_path, monkeypatch):
 def test_windows_in_which_dynamic_frequencies_change_are_refused(tmp_path):
     folder = shutil.copytree(DEMO_MODELS / "dense", tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
@@ -177,16 +177,19 @@ def test_windows_in_which_dynamic_frequencies_change_are_refused(tmp_path):
         composed_trial(*words, f"calibration.length={longest + 1}", "calibration.samples=1")
 
 
-    """Return a function that makes the guide's module an installed package."""
+@pytest.fixture
+def offered(tmp_path, monkeypatch):
+    """Return a function that makes the guide's module a package, as if it were installed."""
 
     def install(**points):
-        page = GUIDE.read_text(encoding="utf-8")
-        module = re.search(r"(?ms)^```python\n(.*?)^```", page)
-        assert module is not None
-        assert len(module[1].splitlines()) < 100
-        (tmp_path / "q3q_olmo2.py").write_text(module[1], encoding="utf-8")
+        """points: others than those that the guide prints."""
+        write_printed(GUIDE, tmp_path)
+        project = tomllib.loads((tmp_path / "pyproject.toml").read_text())["project"]
+        printed = project["entry-points"][registry.GROUP]
         site = tmp_path / "site"
-        pretend_to_install(site, "q3q-olmo2", points, group="q3q.families")
+        pretend_to_install(
+            site, project["name"], points or printed, project["version"], registry.GROUP
+        )
         for folder in (tmp_path, site):
             monkeypatch.syspath_prepend(folder)
         registry._offered.cache_clear()
@@ -195,9 +198,9 @@ def test_windows_in_which_dynamic_frequencies_change_are_refused(tmp_path):
     registry._offered.cache_clear()
 
 
-def olmo2(folder):
+def olmo2(folder, **sizes):
     torch.manual_seed(0)
-    settings = AutoConfig.for_model(**{**COMMON, "model_type": "olmo2"})
+    settings = AutoConfig.for_model(**{**COMMON, "model_type": "olmo2", **sizes})
     model = AutoModelForCausalLM.from_config(settings).eval()
     with torch.no_grad():
         for name, tensor in model.named_parameters():
@@ -212,7 +215,7 @@ def test_a_package_adds_a_family(offered, tmp_path):
     theirs, folder = olmo2(tmp_path / "model"), tmp_path / "model"
     with pytest.raises(CheckpointError, match=r"model_type 'olmo2' is of no family.*FAMILY_GUIDE"):
         Checkpoint(folder)
-    offered(olmo2="q3q_olmo2:Olmo2")
+    offered()
     checkpoint = Checkpoint(folder)
     ours = load_decoder(checkpoint, torch.float32)
     ids = torch.randint(97, (2, 30), generator=torch.Generator().manual_seed(1))
@@ -230,7 +233,7 @@ def test_a_package_adds_a_family(offered, tmp_path):
 def test_a_trial_names_the_package_of_its_models_family(offered, tmp_path):
     olmo2(tmp_path / "model")
     shutil.copy(DEMO_MODELS / "dense" / "tokenizer.json", tmp_path / "model")
-    offered(olmo2="q3q_olmo2:Olmo2")
+    offered()
     trial = composed_trial(
         *("method=rtn", "model=local", f"model.path={tmp_path / 'model'}", "evaluation=none"),
         *("evaluation.window=32", "group_size=-1", f"storage={tmp_path}"),
@@ -245,6 +248,35 @@ def test_a_trial_names_the_package_of_its_models_family(offered, tmp_path):
         open_checkpoint(other)
     own = composed_trial("method=rtn", "evaluation=none").spec.model
     assert "package" not in own.to_json()
+
+
+@pytest.mark.slow
+def test_the_printed_package_is_installed_and_goes_through_a_whole_trial(tmp_path):
+    """Its plan, its evaluation on a file, an export that reads back, and the report."""
+    source, target, folder = (tmp_path / name for name in ("source", "target", "model"))
+    write_printed(GUIDE, source)
+    pip_install(source, target)
+    olmo2(folder, vocab_size=read_facts(DEMO_MODELS / "dense").vocab, head_dim=16)
+    shutil.copy(DEMO_MODELS / "dense" / "tokenizer.json", folder)
+    text = tmp_path / "text.txt"
+    text.write_text(GUIDE.read_text(encoding="utf-8"), encoding="utf-8")
+    words = (
+        *("launch.py", "method=gptq", "method.static_groups=true", "bits=4", "model=local"),
+        *(f"model.path={folder}", "group_size=16", "symmetric=true"),
+        *("calibration.samples=2", "calibration.length=64"),
+        *(f"evaluation.texts={{guide: {text}}}", "evaluation=perplexity", "evaluation.window=32"),
+        *("export=compressed_tensors", f"storage={tmp_path / 'storage'}"),
+    )
+    planned = python(*words, "plan=true", PYTHONPATH=str(target))
+    assert planned.returncode == 0, planned.stderr
+    ran = python(*words, PYTHONPATH=str(target))
+    assert ran.returncode == 0, ran.stderr
+    [path] = (tmp_path / "storage").glob("trials/*/record.json")
+    record = json.loads(path.read_text())
+    assert record["status"] == "COMPLETED"
+    assert record["spec"]["model"]["package"] == "q3q-olmo2 1.0"
+    assert record["metrics"]["export_bytes"] > 0
+    assert list((tmp_path / "storage").rglob("report*.html"))
 
 
 def test_an_entry_point_that_is_no_family_is_named(offered):
