@@ -2,9 +2,10 @@
 
 `python benchmarks/judge.py [--cache DIR] [--only NAME]` makes checkpoints of a demo model with
 llm-compressor, GPTQModel, bitsandbytes, auto-round, transformers (FP8 as Qwen releases it) and
-ModelOpt, in environments of their own (`methods.py` makes those of the first two). There the format's own loader reads the files and plain
-transformers computes the logits of fixed windows in float32. q3q reads the same files. The table
-shows the KL from the original by both, in nats, and the largest difference of a position's KL.
+ModelOpt, in environments of their own (`methods.py` makes those of the first two). There the
+format's own loader reads the files and plain transformers computes the logits of fixed windows in
+float32. q3q reads the same files. The table shows the KL from the original by both, in nats, and
+the largest difference of a position's KL.
 
 llama.cpp (`--llama`, the Python of `make llama`) quantizes a GGUF file that q3q wrote. The `gguf`
 package dequantizes it for transformers; the table says what llama.cpp itself computes, too.
