@@ -55,7 +55,7 @@ def write(file: Path, folder: Path) -> None:
     config = {key: value for key, value in read.config.to_dict().items() if key not in ORIGIN}
     model = LlamaForCausalLM(LlamaConfig(**config))
     model.load_state_dict(read.state_dict())
-    model.to(torch.float16).save_pretrained(folder)
+    model.half().save_pretrained(folder)
     AutoTokenizer.from_pretrained(file.parent, **where).save_pretrained(folder)
 
 

@@ -133,7 +133,7 @@ def drawn(model: Any) -> Any:
     return model.eval()
 
 
-def build_seeing(kind: str, tied: bool = True, **sizes: int) -> Any:
+def build_seeing(kind: str, *, tied: bool = True, **sizes: Any) -> Any:
     """Return transformers' model that sees images, whose text part is of a hybrid's kind."""
     torch.manual_seed(0)
     text = {**COMMON, **KINDS[kind], "tie_word_embeddings": tied, **sizes}

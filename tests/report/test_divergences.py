@@ -40,7 +40,7 @@ def record(kls, perplexity=2.0, bits=3, **changes):
 
 
 def floor(kl):
-    spec = make_spec("none", None, evaluation=EVALUATION)
+    spec = make_spec("none", evaluation=EVALUATION)
     other = replace(spec, reference=spec.model, model=replace(spec.model, dtype="bfloat16"))
     return TrialRecord(spec=other, status=COMPLETED, metrics={"kl_floor/stories": kl})
 
