@@ -1,6 +1,7 @@
 """Hybrids' exports, read by strangers: delta rules, shared experts, and parts that are not run."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -33,7 +34,7 @@ UNPACKER = "plain unpacker of `compressed-tensors`"
 def test_hybrids_come_back_whole(trial_of, export, tmp_path, kind, nested, name, scheme, loader):
     pytest.importorskip("compressed_tensors")
     folder = tmp_path / "original"
-    sizes = WHOLE_WORDS if name in ("gptq", "awq") else {}
+    sizes: dict[str, Any] = WHOLE_WORDS if name in ("gptq", "awq") else {}
     carried = 0
     if nested:
         carried = save_seeing(build_seeing(kind, **sizes), folder)
