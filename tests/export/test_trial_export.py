@@ -265,6 +265,9 @@ def test_plain_numbers_are_known_to_be_quantized_wherever_they_are(trial_of, tmp
         ["export=gptq", "method=rtn", "bits=3"],
         ["export=awq", "method=rtn", "group_size=64"],
         ["export=compressed_tensors", "method=rtn", "format=nvfp4", *NVFP4_INPUTS],
+        ["export=compressed_tensors", "method=rtn", "format=fp8_e4m3", "act_format=fp8_e4m3"],
+        ["export=compressed_tensors", "method=rtn", "format=mxfp4"],
+        ["export=gguf", "method=gptq", "format=q4_k"],
         ["export=compressed_tensors", "method=smoothquant"],
         ["export=compressed_tensors", "method=smoothquant", "skip=[blocks.1.gate_up,*.o]"],
     ],
@@ -277,7 +280,8 @@ def test_evaluated_again_an_export_has_the_same_perplexity(
     record = run_trial(demo_trial_of(f"model={model}", *settings, f"export.path={tmp_path}/out"))
     assert record.completed, record.reason
     assert record.notes["export"]["logit_error"] < 1e-4
-    again = run_trial(demo_trial_of("model=local", f"model.path={tmp_path}/out", "method=none"))
+    path = tmp_path / "out" / ("model.gguf" if "export=gguf" in settings else "")
+    again = run_trial(demo_trial_of("model=local", f"model.path={path}", "method=none"))
     same = pytest.approx(
         record.metrics["perplexity/stories"], rel=1e-6
     )  # sums depend on where in memory weights lie
