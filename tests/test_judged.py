@@ -17,10 +17,13 @@ from q3q.config.noise_floor import floor_job, floor_of
 from q3q.data.windows import evaluation_windows
 from q3q.errors import CheckpointError, ConfigError, IncompatibleError
 from q3q.evaluate.compare import compare
+from q3q.export.gguf_vocabulary import vocabulary_of
+from q3q.export.gguf_writing import tensors_of, write_model
 from q3q.kv_scheme import KvScheme
 from q3q.models.checkpoint import Checkpoint, load_tokenizer
 from q3q.models.decoder import load_decoder
 from q3q.models.likeness import compare_weights, note_of
+from q3q.models.tensor_files import read_header
 from q3q.numerics.divergence import kl_divergence
 from q3q.placement import Trial
 from q3q.record import JUDGED
@@ -29,6 +32,7 @@ from q3q.report.judged import NOISE, OVER_FLOOR, UNTESTED, UNTOLD, benches, find
 from q3q.spec import MEAN_ACCURACY
 from q3q.sweep.grid import unquantized
 from q3q.trial import run_trial
+from tests.commands import python
 from tests.composed import composed_trial
 
 DEMO = DEMO_MODELS / "dense"
@@ -394,6 +398,30 @@ def test_a_quantized_model_is_refused_also_where_only_its_files_say_it(fp8, tmp_
     spec = replace(trial.spec, model=replace(trial.spec.model, digest=None))
     with pytest.raises(CheckpointError, match=r"quantized already \(compressed-tensors\)"):
         run_trial(Trial(spec, replace(trial.placement, model=fp8)))
+
+
+@pytest.mark.slow
+def test_the_command_ranks_checkpoints_beside_their_original(tmp_path):
+    checkpoint, file = Checkpoint(DEMO), tmp_path / "demo.gguf"
+    tensors = tensors_of(checkpoint.facts, read_header(DEMO / "model.safetensors"), {})
+    vocabulary = vocabulary_of(load_tokenizer(DEMO), checkpoint.facts.vocab)
+    write_model(file, checkpoint.facts, vocabulary, tensors, name="demo", most="q8_0")
+    odd = fp8_copy(tmp_path / "odd-FP8", at_once(f"{DOWN}.weight_scale", -0.001))
+    words = ["model=judge", "model.reference=demo", "evaluation.texts=[library]"]
+    words += ["evaluation.limit=2", "evaluation.window=64", "evaluation.task_limit=4"]
+    words += ["evaluation.tasks=[stories_who]", f"storage={tmp_path}/s", "name=it"]
+    done = python("launch.py", "-m", *words, f"model.source={odd},{file}")
+    assert done.returncode == 0, done.stderr[-2000:]
+    records = list((tmp_path / "s" / "trials").glob("*/record.json"))
+    assert len(records) == 4  # with the original and its noise floor
+    [card] = (tmp_path / "s" / "reports").glob("*/model_card.md")
+    assert (card.parent / "report.html").is_file()
+    said = card.read_text(encoding="utf-8")
+    assert "| 1. demo.gguf |" in said
+    assert "| 2. odd-FP8 |" in said
+    assert "| checkpoint | stories_who |" in said
+    assert f"odd-FP8: {DOWN}.weight_scale: 1 of " in said
+    assert "noise floor" in said
 
 
 def test_judging_needs_no_method_on_the_command_line():
