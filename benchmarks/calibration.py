@@ -15,6 +15,7 @@ import argparse
 import itertools
 import json
 import random
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -158,7 +159,8 @@ def table(question: Question, storage: Path, names: dict[str, str]) -> str:
         for bits, samples, name in wanted
         if (str(bits), "gptq", name, str(samples)) not in found
     ]
-    return "\n".join([*lines, *(["", f"Not run: {', '.join(missing)}."] if missing else [])])
+    words = textwrap.wrap(f"Not run: {', '.join(missing)}.", 100) if missing else []
+    return "\n".join([*lines, *(["", *words] if words else [])])
 
 
 def row_of(

@@ -19,6 +19,7 @@ import math
 import statistics
 import sys
 import tempfile
+import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -198,7 +199,8 @@ def table(turns: Iterable[Turn]) -> str:
             f"| {cpu:.0f} |"
         )
     missing = [f"{m} {bits} bits by {name}" for (m, bits, name), some in rows.items() if not some]
-    return "\n".join([*lines, *(["", f"Not run: {'; '.join(missing)}."] if missing else [])])
+    words = textwrap.wrap(f"Not run: {'; '.join(missing)}.", 100) if missing else []
+    return "\n".join([*lines, *(["", *words] if words else [])])
 
 
 def ratio(own: Sequence[Turn], others: Sequence[Turn]) -> str:
