@@ -47,6 +47,7 @@ from q3q.export.gguf_writing import tensors_of, write_model
 from q3q.models import block as blocks
 from q3q.models.checkpoint import Checkpoint, load_tokenizer
 from q3q.models.decoder import Decoder, load_decoder
+from q3q.models.disk_names import is_stacked
 from q3q.models.likeness import format_in_words
 from q3q.models.tensor_files import read_header
 from q3q.numerics.divergence import kl_divergence
@@ -56,6 +57,7 @@ LIMIT = 1e-5  # nats: a larger difference of the mean KL is a disagreement
 RUN_SECONDS = 1800
 # What docs/JUDGE.md names as not exact, and is computed here as the loader does it.
 HALVES = "int8 inputs scaled by 127.5, as transformers' emulation does"
+EXPERTS = "experts in bfloat16 and their inputs not rounded, as transformers reads them"
 COLUMNS = "whole columns with a large input left as they are, as bitsandbytes does"
 
 PUBLISHED = Peer(
@@ -147,6 +149,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cache", type=Path, default=Path.home() / ".cache/q3q/peers")
     parser.add_argument("--only", default="", help="checkpoints whose name contains this")
+    parser.add_argument("--model", choices=("dense", "moe"), default="dense", help="demo model")
     parser.add_argument("--published", type=Path, help="Python of an environment that is there")
     parser.add_argument("--llama", type=Path, default=ROOT / ".venv-llama/bin/python")
     options = parser.parse_args()
@@ -156,9 +159,10 @@ def main() -> None:
     ]
     with tempfile.TemporaryDirectory(prefix="q3q-judge-") as folder:
         tokens = Path(folder) / "tokens.safetensors"
-        windows = _tokens()
+        model = DEMO.parent / options.model
+        windows = _tokens(model)
         save_file(windows, tokens)
-        original = _logits(load_decoder(Checkpoint(DEMO), torch.float32), windows["evaluation"])
+        original = _logits(load_decoder(Checkpoint(model), torch.float32), windows["evaluation"])
 
         def python_of(peer: Peer) -> Path:
             given = options.published if peer is PUBLISHED else None
@@ -168,9 +172,10 @@ def main() -> None:
             if options.only in case.name:
                 try:
                     if case.peer is None:
-                        rows.append(_compare_gguf(case, options.llama, tokens, original))
+                        rows.append(_compare_gguf(case, options.llama, model, tokens, original))
                     else:
-                        rows.append(_compare(case, python_of(case.peer), tokens, original))
+                        found = _compare(case, python_of(case.peer), model, tokens, original)
+                        rows.append(found)
                 except ContenderError as error:
                     rows.append((case.name, f"not made: {error}", "", "", "", ""))
                 print(" | ".join(rows[-1]), flush=True)
@@ -184,8 +189,8 @@ def main() -> None:
         raise SystemExit(f"{len(wrong)} differ by more than {LIMIT} nats: {', '.join(wrong)}")
 
 
-def _tokens() -> dict[str, Tensor]:
-    encode = encoder(load_tokenizer(DEMO))
+def _tokens(model: Path) -> dict[str, Tensor]:
+    encode = encoder(load_tokenizer(model))
     return {
         "calibration": draw_windows(
             load_text("library", split="calibration"),
@@ -201,19 +206,23 @@ def _tokens() -> dict[str, Tensor]:
     }
 
 
-def _compare(case: Made, python: Path, tokens: Path, original: Tensor) -> tuple[str, ...]:
+def _compare(
+    case: Made, python: Path, model: Path, tokens: Path, original: Tensor
+) -> tuple[str, ...]:
     """Make a checkpoint, and return its row.
 
     Raises:
         ContenderError: it was not made.
     """
     place = tokens.parent / re.sub(r"\W+", "-", case.name)
-    theirs = _read_by_others(case.maker, python, place, case.settings, tokens)
+    theirs = _read_by_others(case.maker, python, model, place, case.settings, tokens)
     found = next(place.rglob("config.json")).parent  # auto-round writes into a folder of its own
     return _row(case, found, tokens, original, theirs)
 
 
-def _compare_gguf(case: Made, python: Path, tokens: Path, original: Tensor) -> tuple[str, ...]:
+def _compare_gguf(
+    case: Made, python: Path, model: Path, tokens: Path, original: Tensor
+) -> tuple[str, ...]:
     """Quantize a file with llama.cpp, and return its row.
 
     Raises:
@@ -221,8 +230,8 @@ def _compare_gguf(case: Made, python: Path, tokens: Path, original: Tensor) -> t
     """
     plain, ids = tokens.parent / "original.gguf", load_file(tokens)["evaluation"]
     if not plain.exists():
-        facts, stored = Checkpoint(DEMO).facts, read_header(DEMO / "model.safetensors")
-        vocabulary = vocabulary_of(load_tokenizer(DEMO), facts.vocab)
+        facts, stored = Checkpoint(model).facts, read_header(model / "model.safetensors")
+        vocabulary = vocabulary_of(load_tokenizer(model), facts.vocab)
         contents = tensors_of(facts, stored, {})
         write_model(plain, facts, vocabulary, contents, name="demo", most="q8_0")
     place = tokens.parent / case.settings["type"]
@@ -238,19 +247,20 @@ def _compare_gguf(case: Made, python: Path, tokens: Path, original: Tensor) -> t
     (place / "job.json").write_text(json.dumps(job), encoding="utf-8")
     _run(python, "llama_cpp_logits.py", place / "job.json")
     settings = {"file": job["output"]}
-    theirs = _read_by_others("gguf", Path(sys.executable), place / "read", settings, tokens)
+    python = Path(sys.executable)
+    theirs = _read_by_others("gguf", python, model, place / "read", settings, tokens)
     own = torch.from_numpy(numpy.load(job["logits"])).flatten(0, 1)
     remark = f"llama.cpp itself: {float(kl_divergence(original, own).mean()):.6f}"
     return _row(case, Path(job["output"]), tokens, original, theirs, remark)
 
 
 def _read_by_others(
-    maker: str, python: Path, place: Path, settings: dict[str, Any], tokens: Path
+    maker: str, python: Path, model: Path, place: Path, settings: dict[str, Any], tokens: Path
 ) -> Tensor:
     """Return the logits of the format's own loader, which reads what its maker wrote."""
     facts = {
         "maker": maker,
-        "model": str(DEMO),
+        "model": str(model),
         "output": str(place),
         "settings": settings,
         "tokens": str(tokens),
@@ -281,19 +291,37 @@ def _row(
     case: Made, place: Path, tokens: Path, original: Tensor, logits: Tensor, remark: str = ""
 ) -> tuple[str, ...]:
     checkpoint = Checkpoint(place)
-    model = load_decoder(checkpoint, torch.float32)
+    model, words = load_decoder(checkpoint, torch.float32), format_in_words(checkpoint)
+    read = _read_experts(model) if words.startswith("compressed-tensors") else ""
     with _emulated(model) as emulated:
         found = _logits(model, load_file(tokens)["evaluation"])
     theirs, ours = (kl_divergence(original, each) for each in (logits, found))
     equal = abs(float(ours.mean() - theirs.mean())) <= LIMIT
     return (
         case.name,
-        format_in_words(checkpoint),
+        words,
         f"{float(theirs.mean()):.6f}",
         f"{float(ours.mean()):.6f}",
         f"{float((ours - theirs).abs().max()):.1e}",
-        (remark or emulated) if equal else "DIFFERENT",
+        "; ".join(filter(None, (remark, read, emulated))) if equal else "DIFFERENT",
     )
+
+
+def _read_experts(model: Decoder) -> str:
+    """Read experts as transformers does: as one tensor in bfloat16, whose input nobody rounds."""
+    assert isinstance(model.blocks, list)
+    for k, block in enumerate(model.blocks):
+        narrow = {
+            name: weight.bfloat16().float()
+            for name, weight in block.weights.items()
+            if is_stacked(name)
+        }
+        if not narrow:
+            return ""
+        sites = {site.name for site in block.sites if set(site.weights) & set(narrow)}
+        model.blocks[k] = block.with_weights(dict(block.weights) | narrow)
+        model.blocks[k].unrounded = block.unrounded | sites
+    return EXPERTS
 
 
 @contextmanager

@@ -55,7 +55,10 @@ def llmcompressor(model: str, output: Path, settings: dict[str, Any], windows: T
     original.save_pretrained(output, save_compressed=True)
     tokenizer.save_pretrained(output)
     if not settings["scheme"].startswith("NVFP4"):
-        return AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
+        loaded = AutoModelForCausalLM.from_pretrained(output, dtype=torch.float32)
+        for tensor in loaded.parameters():  # it unpacks experts to bfloat16
+            tensor.data = tensor.data.float() if tensor.is_floating_point() else tensor.data
+        return loaded
     # It unpacks NVFP4 to bfloat16, whatever the model's type. Inputs are rounded all the same.
     config = CompressedTensorsConfig(dequantize=True)
     return AutoModelForCausalLM.from_pretrained(output, quantization_config=config).float()
