@@ -9,8 +9,8 @@ how the environments of the peers are made and what the seconds are.
 
 MODEL and the two texts are those of `benchmarks/real_model.py`. `--seeds 0 1 2` draws the
 calibration windows three times: at few bits one draw, or the order of a sum, moves a KL by several
-percent. Each finished turn is a line of STORAGE/peers.jsonl, and is not taken again; `--methods`
-and `--bits` choose turns. SIGTERM or Ctrl-C stops after the running turn.
+percent. Each finished turn is a line of STORAGE/peers.jsonl, and is not taken again; `--methods`,
+`--quantizers` and `--bits` choose turns. SIGTERM or Ctrl-C stops after the running turn.
 """
 
 import argparse
@@ -53,6 +53,7 @@ from q3q.models.decoder import load_decoder
 
 OFFICIAL = Contender("official driver", script="run_plain.py")
 CONTENDERS = {"gptq": (Q3Q, OFFICIAL, PEER_LC, PEER_GM), "awq": (Q3Q, OFFICIAL, PEER_LC)}
+NAMES = [contender.name for contender in CONTENDERS["gptq"]]
 BITS = (4, 2, 3)
 TURN_LIMIT = 4 * 3600  # seconds
 
@@ -104,6 +105,7 @@ def contest(options: argparse.Namespace) -> None:
         for bits in options.bits
         for contender in CONTENDERS[method]
         if (method, bits, contender.name, seed) not in taken
+        and contender.name in options.quantizers
     ]
     stop = Stop()
     with tempfile.TemporaryDirectory() as scratch, torch.inference_mode():
@@ -237,6 +239,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512, help="tokens of each of these")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of their draws")
     parser.add_argument("--methods", nargs="+", choices=[*CONTENDERS], default=[*CONTENDERS])
+    parser.add_argument("--quantizers", nargs="+", choices=NAMES, default=NAMES)
     parser.add_argument("--bits", type=int, nargs="+", choices=BITS, default=[*BITS])
     parser.add_argument(
         "--cache",
