@@ -115,7 +115,9 @@ class StudySweeper(Sweeper):
             )
         for entry in floors.values():
             model = entry.trial.spec.model
-            setting = "evaluation.floor" if measured else "evaluation.baseline"
+            # A judged checkpoint's floor stands beside its original; any other stands alone.
+            judged = entry.trial.placement.baseline is not None
+            setting = "evaluation.baseline" if judged else "evaluation.floor"
             print(
                 f"{model.name} in {model.dtype} is added, to see what rounding alone costs; "
                 f"{setting}=false leaves it out"
