@@ -6,12 +6,15 @@ measures held-out text of both kinds. Rounding to nearest, which reads no text, 
 
 `--model DIR --test FILE --texts NAME=FILE ...` asks the same of SmolLM2-135M-Instruct
 (`benchmarks/real_model.py`), whose held-out texts are WikiText-2's test part and Python's library.
+A FILE of `--texts` may be a folder of MMLU's CSV files, whose questions and choices are then read.
 
 A mix is of pieces of 4,000 characters of each text in turn. What is finished is not run again;
-SIGTERM or Ctrl-C stops after the running trial; `--tables` runs nothing.
+SIGTERM or Ctrl-C stops after the running trial. The table keeps what STORAGE has not measured;
+`--tables` runs nothing. `--samples` chooses numbers of windows.
 """
 
 import argparse
+import csv
 import itertools
 import json
 import random
@@ -21,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import fidelity
-from real_model import GROUP_SIZE, NAME, TEXT, Cell, Stop, launch, short, with_interval
+from real_model import GROUP_SIZE, NAME, TEXT, Cell, Stop, launch, markdown, short, with_interval
 
 from q3q.data.texts import load_text
 from q3q.limits import cores
@@ -84,13 +87,24 @@ def real_question(options: argparse.Namespace) -> Question:
     return Question(
         marker="real calibration",
         words=words,
-        texts={name: Path(path).read_text(encoding="utf-8") for name, path in given.items()},
+        texts={name: text_of(Path(path)) for name, path in given.items()},
         pieces=280,
         measured=(options.test.stem, "library"),
         group_size=GROUP_SIZE,
         samples=[16, 64, 256],
         length=512,
     )
+
+
+def text_of(path: Path) -> str:
+    """Return a file's text, or the questions and choices of a folder's CSV files."""
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    lines: list[str] = []
+    for file in sorted(path.glob("*.csv")):
+        with file.open(encoding="utf-8", newline="") as rows:
+            lines.extend("\n".join(row[:-1]) + "\n" for row in csv.reader(rows))
+    return "\n".join(lines)
 
 
 def write_texts(question: Question, folder: Path) -> dict[str, Path]:
@@ -113,11 +127,13 @@ def pieces_of(text: str) -> list[str]:
     return pieces
 
 
-def run(question: Question, storage: Path, files: dict[str, Path], threads: int) -> None:
+def run(
+    question: Question, storage: Path, files: dict[str, Path], numbers: list[int], threads: int
+) -> None:
     stop = Stop()
     work = [["method=none"]]
     work += [Cell("rtn", bits, question.group_size).words for bits in BITS]
-    for samples, bits, file in itertools.product(question.samples, BITS, files.values()):
+    for samples, bits, file in itertools.product(numbers, BITS, files.values()):
         calibration = [
             "calibration=file",
             f"calibration.path={file}",
@@ -133,51 +149,49 @@ def run(question: Question, storage: Path, files: dict[str, Path], threads: int)
         launch([*words, *question.words, f"storage={storage}"], threads)
 
 
-def table(question: Question, storage: Path, names: dict[str, str]) -> str:
-    """Tabulate the records.
+def table(question: Question, storage: Path, names: dict[str, str], page: str) -> str:
+    """Tabulate the records, and the rows on the page that have no record in STORAGE.
 
     Args:
         names: of calibration texts, by digest.
     """
     head = ["bits", "method", "calibrated on", "windows"]
     head += [f"{kind}, {text}" for text in question.measured for kind in ("perplexity", "KL")]
-    records = [
-        json.loads(path.read_text(encoding="utf-8"))
-        for path in sorted(storage.glob("trials/*/record.json"))
-    ]
-    rows = [
-        row_of(record, names, question.measured)
-        for record in records
-        if record["status"] == "COMPLETED"
-    ]
-    body = [row for _, row in sorted(rows, key=lambda pair: pair[0])]
-    lines = [f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *body]]
-    found = {tuple(row[:4]) for row in body}
+    rows = fidelity.rows_on(page, question.marker, keys=4)
+    for path in storage.glob("trials/*/record.json"):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if record["status"] == "COMPLETED":
+            row = row_of(record, names, question.measured)
+            rows[tuple(row[:4])] = row
+    lines = markdown([head, *sorted(rows.values(), key=place_of)])
     wanted = itertools.product(BITS, question.samples, names.values())
     missing = [
         f"{bits} bits on {samples} windows of {name}"
         for bits, samples, name in wanted
-        if (str(bits), "gptq", name, str(samples)) not in found
+        if (str(bits), "gptq", name, str(samples)) not in rows
     ]
     words = textwrap.wrap(f"Not run: {', '.join(missing)}.", 100) if missing else []
     return "\n".join([*lines, *(["", *words] if words else [])])
 
 
-def row_of(
-    record: dict[str, Any], names: dict[str, str], measured: tuple[str, str]
-) -> tuple[tuple[int, bool, int, str], list[str]]:
-    """Return a record's place in the table, and its row."""
+def place_of(row: list[str]) -> tuple[int, bool, int, str]:
+    bits, method, text, windows = row[:4]
+    return -int(bits or 16), method != "rtn", int(windows or 0), text
+
+
+def row_of(record: dict[str, Any], names: dict[str, str], measured: tuple[str, str]) -> list[str]:
     spec, metrics, intervals = record["spec"], record["metrics"], record["intervals"]
-    bits = spec["scheme"]["bits"] if spec["scheme"] else 16
     calibration = spec["calibration"]
     text = names.get(calibration["digest"], "another text") if calibration else ""
-    windows = calibration["samples"] if calibration else 0
-    method = spec["method"]["name"] if spec["scheme"] else "unquantized"
-    row = [str(bits) if spec["scheme"] else "", method, text, str(windows) if windows else ""]
+    windows = str(calibration["samples"]) if calibration else ""
+    bits, method = "", "unquantized"
+    if spec["scheme"]:
+        bits, method = str(spec["scheme"]["bits"]), spec["method"]["name"]
+    row = [bits, method, text, windows]
     for name in measured:
         row.append(short(metrics[f"perplexity/{name}"]))
         row.append(with_interval(metrics.get(f"kl/{name}"), intervals.get(f"kl/{name}")))
-    return (-bits, method != "rtn", windows, text), row
+    return row
 
 
 def main() -> None:
@@ -189,6 +203,7 @@ def main() -> None:
     parser.add_argument("--test", type=Path, help=f"WikiText-2's test part, {TEXT}.txt")
     parser.add_argument("--texts", nargs="+", default=[], metavar="NAME=FILE")
     parser.add_argument("--windows", type=int, default=8, help="to measure on, with --model")
+    parser.add_argument("--samples", type=int, nargs="+", help="windows to calibrate on")
     parser.add_argument("--threads", type=int, default=cores())
     parser.add_argument("--tables", action="store_true", help="run nothing")
     options = parser.parse_args()
@@ -198,13 +213,14 @@ def main() -> None:
     storage = options.storage.absolute()
     files = write_texts(question, storage / "texts")
     if not options.tables:
-        run(question, storage / "storage", files, options.threads)
+        numbers = options.samples or question.samples
+        run(question, storage / "storage", files, numbers, options.threads)
     digests = {
         load_text("file", split="calibration", path=file).digest: name
         for name, file in files.items()
     }
     page = fidelity.PAGE.read_text(encoding="utf-8")
-    content = table(question, storage / "storage", digests)
+    content = table(question, storage / "storage", digests, page)
     fidelity.PAGE.write_text(fidelity.rewrite(page, question.marker, content), encoding="utf-8")
 
 

@@ -400,11 +400,25 @@ def hessian_table() -> str:
 
 
 def rewrite(page: str, marker: str, content: str) -> str:
+    head, _, tail = _around(page, marker)
+    return f"{head}<!-- {marker} -->\n{content}\n<!-- /{marker} -->{tail}"
+
+
+def rows_on(page: str, marker: str, keys: int) -> dict[tuple[str, ...], list[str]]:
+    """Return the rows of a table that stands on the page, by their first cells."""
+    _, content, _ = _around(page, marker)
+    lines = [line for line in content.splitlines() if line.startswith("|")][2:]
+    rows = [[cell.strip() for cell in line[1:-1].split(" |")] for line in lines]
+    return {tuple(row[:keys]): row for row in rows}
+
+
+def _around(page: str, marker: str) -> tuple[str, str, str]:
     start, end = f"<!-- {marker} -->", f"<!-- /{marker} -->"
     if page.count(start) != 1 or page.count(end) != 1:
         raise SystemExit(f"{PAGE} needs {start} and {end}, once each")
     head, rest = page.split(start)
-    return f"{head}{start}\n{content}\n{end}{rest.split(end)[1]}"
+    content, tail = rest.split(end)
+    return head, content, tail
 
 
 def main() -> None:

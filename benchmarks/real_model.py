@@ -15,7 +15,8 @@ cell's first one quantized.
 A trial takes two to ten minutes on one core, the whole grid about three hours on two. What is
 finished is not run again. SIGTERM to this process (or Ctrl-C) stops it after the running trial.
 
-`--tables` runs nothing. `benchmarks/real_peers.py` puts other quantizers beside q3q's.
+The tables keep what STORAGE has not measured. `--tables` runs nothing. `benchmarks/real_peers.py`
+puts other quantizers beside q3q's.
 """
 
 import argparse
@@ -28,7 +29,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from types import FrameType
@@ -210,10 +211,10 @@ def run(options: argparse.Namespace) -> None:
     """Run the cells one by one; one that fails is told and the next one runs."""
     Data(options.storage / "data").fill(options)
     stop = Stop()
-    evaluations = [evaluation_of(options)]
+    evaluations = [] if options.questions_alone else [evaluation_of(options)]
     if options.arc or options.mmlu:
         evaluations.append(tasks_evaluation(options))
-    for cell, evaluation in product(CELLS, evaluations):
+    for cell, evaluation in product(CELLS[: options.cells], evaluations):
         if stop.asked:
             print("stopped: the same command goes on", flush=True)
             return
@@ -236,25 +237,13 @@ def launch(words: list[str], threads: int) -> None:
 Interval = tuple[float, float]
 
 
-@dataclass
-class Result:
-    """What the records say of a cell; None where nothing was measured. Intervals are of 95 %.
-
-    ratio: of the perplexity to the unquantized model's, with its interval
-    kl: from the unquantized model, in nats a token
-    seconds: of quantizing, on a machine that may have done other work too
-    """
-
-    bits_per_weight: float
-    perplexity: float | None = None
-    perplexity_interval: Interval | None = None
-    ratio: tuple[float, float, float] | None = None
-    kl: float | None = None
-    kl_interval: Interval | None = None
-    agreement: float | None = None
-    seconds: float | None = None
-    accuracy: dict[str, float] = field(default_factory=dict)
-    accuracy_interval: dict[str, Interval] = field(default_factory=dict)
+# What the records say of a cell, in the columns of RESULTS. A ratio is of the perplexity to the
+# unquantized model's, a difference of an accuracy to the unquantized model's on the same questions.
+VALUES = ("perplexity", "perplexity_ratio", "kl", *(f"{task}_acc" for task in TASKS))
+VALUES += tuple(f"{task}_difference" for task in TASKS)
+COLUMNS = [name + end for name in VALUES for end in ("", "_low", "_high")] + ["agreement"]
+CELL = ("method", "static_groups", "bits", "group_size", "act_bits", "bits_per_weight")
+Result = dict[str, float]  # what was measured, by column; bits_per_weight always
 
 
 def cell_of(spec: dict[str, Any]) -> Cell:
@@ -272,58 +261,107 @@ def cell_of(spec: dict[str, Any]) -> Cell:
 
 
 def read(storage: Path) -> dict[Cell, Result]:
-    """Return what finished, by cell, in the grid's order."""
-    results: dict[Cell, Result] = {}
+    """Return the table's numbers, and instead of them what STORAGE has measured."""
+    with RESULTS.open(encoding="utf-8", newline="") as file:
+        results = dict(map(from_row, csv.DictReader(file)))
     for path in sorted((storage / "storage").glob("trials/*/record.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
         cell = cell_of(record["spec"])
         # Others in the storage have other settings.
         of_grid = record["spec"]["model"]["name"] == NAME and cell in CELLS
-        if record["status"] != "COMPLETED" or not of_grid:
-            continue
-        metrics = record["metrics"] | dict.fromkeys(record["diverged"], math.inf)
-        intervals = {name: tuple(pair) for name, pair in record["intervals"].items()}
-        result = results.setdefault(cell, Result(metrics["bits_per_weight"]))
-        perplexity, kl = f"perplexity/{TEXT}", f"kl/{TEXT}"
-        if perplexity in metrics:
-            result.perplexity = metrics[perplexity]
-            result.perplexity_interval = intervals.get(perplexity)
-            result.kl, result.kl_interval = metrics.get(kl), intervals.get(kl)
-            result.agreement = metrics.get(f"top1_agreement/{TEXT}")
-            result.seconds = metrics.get("seconds/quantize")
-            found = (record["comparisons"] or {}).get(perplexity)
-            if found and found["low"] is not None:
-                value, low, high = (math.exp(found[key]) for key in ("difference", "low", "high"))
-                result.ratio = value, low, high
-        for task in TASKS:
-            if f"{task}/acc" in metrics:
-                result.accuracy[task] = metrics[f"{task}/acc"]
-                result.accuracy_interval[task] = intervals[f"{task}/acc"]
+        if record["status"] == "COMPLETED" and of_grid:
+            results[cell] = results.get(cell, {}) | measured(record)
     return {cell: results[cell] for cell in CELLS if cell in results}
 
 
+def measured(record: dict[str, Any]) -> Result:
+    metrics = record["metrics"] | dict.fromkeys(record["diverged"], math.inf)
+    result = {"bits_per_weight": metrics["bits_per_weight"]}
+    names = {"perplexity": f"perplexity/{TEXT}", "kl": f"kl/{TEXT}"}
+    names |= {f"{task}_acc": f"{task}/acc" for task in TASKS}
+    for column, name in names.items():
+        if name in metrics:
+            result[column] = metrics[name]
+            ends = record["intervals"].get(name, ())
+            result |= dict(zip((f"{column}_low", f"{column}_high"), ends, strict=False))
+    if f"top1_agreement/{TEXT}" in metrics:
+        result["agreement"] = metrics[f"top1_agreement/{TEXT}"]
+    for name, compared in (record["comparisons"] or {}).items():
+        ends = {"": "difference", "_low": "low", "_high": "high"}
+        values = {end: compared[key] for end, key in ends.items() if compared[key] is not None}
+        if name == names["perplexity"]:
+            result |= {f"perplexity_ratio{end}": math.exp(value) for end, value in values.items()}
+        for task in TASKS:
+            if name == names[f"{task}_acc"]:
+                result |= {f"{task}_difference{end}": value for end, value in values.items()}
+    return result
+
+
+def from_row(row: dict[str, str]) -> tuple[Cell, Result]:
+    plain = row["method"] == "rtn w/a"
+    cell = Cell(
+        "smoothquant" if plain else row["method"],
+        int(row["bits"] or 0),
+        int(row["group_size"] or -1),
+        int(row["act_bits"]) if row["act_bits"] else None,
+        not plain,
+        row["static_groups"] == "yes",
+    )
+    names = ("bits_per_weight", *COLUMNS)
+    return cell, {name: float(row[name]) for name in names if row.get(name)}
+
+
+def to_row(cell: Cell, result: Result) -> dict[str, str]:
+    row = {
+        "method": cell.method if cell.smooth else "rtn w/a",
+        "static_groups": "yes" if cell.static_groups else "",
+        "bits": str(cell.bits or ""),
+        "group_size": str(cell.group_size) if cell.bits else "",
+        "act_bits": str(cell.act_bits or ""),
+    }
+    return row | {name: f"{value:.6g}" for name, value in result.items()}
+
+
 def grid_table(results: dict[Cell, Result]) -> str:
-    tasks = [task for task in TASKS if any(task in result.accuracy for result in results.values())]
     head = ["cell", "bits a weight", "perplexity", "over the unquantized", "KL, nats a token"]
-    head += ["most likely token agrees", *(f"{task}, %" for task in tasks)]
-    rows = [head, ["---"] * len(head)]
+    rows = [[*head, "most likely token agrees"]]
     for cell, result in results.items():
-        row = [
-            cell.name,
-            f"{result.bits_per_weight:.2f}",
-            with_interval(result.perplexity, result.perplexity_interval),
-            with_interval(*result.ratio[:1], result.ratio[1:]) if result.ratio else "",
-            with_interval(result.kl, result.kl_interval),
-            "" if result.agreement is None else f"{result.agreement:.1%}",
-        ]
-        for task in tasks:
-            value, pair = result.accuracy.get(task), result.accuracy_interval.get(task)
-            percent = None if pair is None else (100 * pair[0], 100 * pair[1])
-            row.append(with_interval(None if value is None else 100 * value, percent))
-        rows.append(row)
+        agreement = result.get("agreement")
+        rows.append(
+            [
+                cell.name,
+                f"{result['bits_per_weight']:.2f}",
+                *(with_ends(result, name) for name in ("perplexity", "perplexity_ratio", "kl")),
+                "" if agreement is None else f"{agreement:.1%}",
+            ]
+        )
     missing = [cell.name for cell in CELLS if cell not in results]
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join([*lines, *(["", f"Not run: {'; '.join(missing)}."] if missing else [])])
+    return "\n".join(
+        [*markdown(rows), *(["", f"Not run: {'; '.join(missing)}."] if missing else [])]
+    )
+
+
+def tasks_table(results: dict[Cell, Result]) -> str:
+    """Tabulate accuracies, in percent, and their differences to the unquantized model's."""
+    asked = [task for task in TASKS if any(f"{task}_acc" in found for found in results.values())]
+    rows = [["cell", *(f"{task}{of}" for task in asked for of in (", %", ": difference, points"))]]
+    for cell, result in results.items():
+        names = [f"{task}_{of}" for task in asked for of in ("acc", "difference")]
+        texts = [with_ends(result, name, 100) for name in names]
+        if any(texts):
+            rows.append([cell.name, *texts])
+    return "\n".join(markdown(rows))
+
+
+def markdown(rows: list[list[str]]) -> list[str]:
+    head, *rest = rows
+    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rest)]
+
+
+def with_ends(result: Result, name: str, scale: float = 1.0) -> str:
+    low, high = (result.get(f"{name}{end}") for end in ("_low", "_high"))
+    pair = None if low is None or high is None else (scale * low, scale * high)
+    return with_interval(scale * result[name], pair) if name in result else ""
 
 
 def with_interval(value: float | None, pair: Interval | None) -> str:
@@ -335,40 +373,6 @@ def with_interval(value: float | None, pair: Interval | None) -> str:
 
 def short(value: float) -> str:
     return f"{value:.4g}" if abs(value) < 1e5 else f"{value:.2e}"
-
-
-def csv_rows(results: dict[Cell, Result]) -> Iterator[list[str]]:
-    """Yield the table's numbers in full, the first row being their names."""
-    names = ["perplexity", "perplexity_ratio", "kl", *(f"{task}_acc" for task in TASKS)]
-    with_bounds = [name + end for name in names for end in ("", "_low", "_high")]
-    yield [
-        "method",
-        "static_groups",
-        "bits",
-        "group_size",
-        "act_bits",
-        "bits_per_weight",
-        *with_bounds,
-    ]
-    for cell, result in results.items():
-        row: list[float | int | str | None] = [
-            cell.method if cell.smooth else "rtn w/a",
-            "yes" if cell.static_groups else None,
-            cell.bits or None,
-            cell.group_size if cell.bits else None,
-            cell.act_bits,
-            result.bits_per_weight,
-        ]
-        nothing = (None, None)
-        row += [result.perplexity, *(result.perplexity_interval or nothing)]
-        row += result.ratio or (None, *nothing)
-        row += [result.kl, *(result.kl_interval or nothing)]
-        for task in TASKS:
-            row += [result.accuracy.get(task), *result.accuracy_interval.get(task, nothing)]
-        yield [
-            "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
-            for value in row
-        ]
 
 
 def claims_table(results: dict[Cell, Result]) -> str:
@@ -384,12 +388,12 @@ def claims_table(results: dict[Cell, Result]) -> str:
             bits=cell.bits,
             group_size=cell.group_size,
             act_bits=cell.act_bits,
-            perplexity={TEXT: result.perplexity},
+            perplexity={TEXT: result["perplexity"]},
             accuracy=math.nan,
-            bits_per_weight=result.bits_per_weight,
+            bits_per_weight=result["bits_per_weight"],
         )
         for cell, result in results.items()
-        if result.perplexity is not None and not cell.static_groups
+        if "perplexity" in result and not cell.static_groups
     }
     grid = fidelity.Grid(cells, TEXT, GROUP_SIZE)
     found = [(claim, *judge(grid)) for claim, judge in fidelity.CLAIMS]
@@ -418,6 +422,8 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=16, help="windows to calibrate on")
     parser.add_argument("--questions", type=int, default=200, help="of ARC-Easy")
     parser.add_argument("--mmlu-questions", type=int, default=2, help="of each MMLU subject")
+    parser.add_argument("--questions-alone", action="store_true", help="no perplexity")
+    parser.add_argument("--cells", type=int, default=len(CELLS), help="so many, from the first")
     parser.add_argument("--threads", type=int, default=cores())
     parser.add_argument("--tables", action="store_true", help="run nothing")
     options = parser.parse_args()
@@ -427,9 +433,12 @@ def main() -> None:
         run(options)
     results = read(options.storage)
     with RESULTS.open("w", encoding="utf-8", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows(csv_rows(results))
+        writer = csv.DictWriter(file, [*CELL, *COLUMNS], lineterminator="\n", restval="")
+        writer.writeheader()
+        writer.writerows(to_row(cell, result) for cell, result in results.items())
     page = fidelity.PAGE.read_text(encoding="utf-8")
     page = fidelity.rewrite(page, "real grid", grid_table(results))
+    page = fidelity.rewrite(page, "real tasks", tasks_table(results))
     page = fidelity.rewrite(page, "real claims", claims_table(results))
     fidelity.PAGE.write_text(page, encoding="utf-8")
 

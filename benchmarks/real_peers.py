@@ -10,7 +10,8 @@ how the environments of the peers are made and what the seconds are.
 MODEL and the two texts are those of `benchmarks/real_model.py`. `--seeds 0 1 2` draws the
 calibration windows three times: at few bits one draw, or the order of a sum, moves a KL by several
 percent. Each finished turn is a line of STORAGE/peers.jsonl, and is not taken again; `--methods`,
-`--quantizers` and `--bits` choose turns. SIGTERM or Ctrl-C stops after the running turn.
+`--quantizers` and `--bits` choose turns; the table keeps rows of others. SIGTERM or Ctrl-C stops
+after the running turn.
 """
 
 import argparse
@@ -40,7 +41,7 @@ from contenders import (
 )
 from methods import Judge
 from peers.job import Job
-from real_model import GROUP_SIZE, LENGTH, Stop
+from real_model import GROUP_SIZE, LENGTH, Stop, markdown
 from safetensors.torch import load_file, save_file
 from scipy.stats import t
 from torch import Tensor
@@ -170,24 +171,22 @@ def keep(storage: Path, turn: Turn) -> None:
         file.write(json.dumps(asdict(turn)) + "\n")
 
 
-def table(turns: Iterable[Turn]) -> str:
-    """Tabulate the turns, a row for all draws of one quantizer."""
-    lines = [
-        "| method | bits | quantizer | draws | perplexity | KL, nats a token | q3q's KL over it "
-        "| processor seconds |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+def table(turns: Iterable[Turn], page: str) -> str:
+    """Tabulate the turns, a row for all draws of one quantizer; keep the page's other rows."""
+    head = ["method", "bits", "quantizer", "draws", "perplexity", "KL, nats a token"]
+    head += ["q3q's KL over it", "processor seconds"]
+    kept = fidelity.rows_on(page, "real peers", keys=3)
     turns = list(turns)
-    whole = next((one for one in turns if one.name == "unquantized"), None)
+    whole = next((turn for turn in turns if turn.name == "unquantized"), None)
     if whole is not None:
-        lines.append(f"| | | unquantized | | {whole.perplexity:.3f} | | | |")
-    work = [
-        (method, bits, contender.name)
+        kept["", "", whole.name] = ["", "", whole.name, "", f"{whole.perplexity:.3f}", "", "", ""]
+    work = [("", "", "unquantized")] + [
+        (method, str(bits), contender.name)
         for method, contenders in CONTENDERS.items()
         for bits in sorted(BITS, reverse=True)
         for contender in contenders
     ]
-    rows = {key: [t for t in turns if (t.method, t.bits, t.name) == key] for key in work}
+    rows = {key: [t for t in turns if (t.method, str(t.bits), t.name) == key] for key in work[1:]}
     for (method, bits, name), some in rows.items():
         if not some:
             continue
@@ -196,11 +195,12 @@ def table(turns: Iterable[Turn]) -> str:
             statistics.fmean(getattr(turn, key) for turn in some)
             for key in ("perplexity", "kl", "cpu")
         )
-        lines.append(
-            f"| {method} | {bits} | {name} | {len(some)} | {perplexity:.3f} | {kl:.5f} | {over} "
-            f"| {cpu:.0f} |"
-        )
-    missing = [f"{m} {bits} bits by {name}" for (m, bits, name), some in rows.items() if not some]
+        numbers = [str(len(some)), f"{perplexity:.3f}", f"{kl:.5f}", over, f"{cpu:.0f}"]
+        kept[method, bits, name] = [method, bits, name, *numbers]
+    lines = markdown([head, *(kept[key] for key in work if key in kept)])
+    missing = [
+        f"{m} {bits} bits by {name}" for m, bits, name in work if (m, bits, name) not in kept
+    ]
     words = textwrap.wrap(f"Not run: {'; '.join(missing)}.", 100) if missing else []
     return "\n".join([*lines, *(["", *words] if words else [])])
 
@@ -255,7 +255,7 @@ def main() -> None:
     if not options.tables:
         contest(options)
     page = fidelity.PAGE.read_text(encoding="utf-8")
-    page = fidelity.rewrite(page, "real peers", table(read(options.storage)))
+    page = fidelity.rewrite(page, "real peers", table(read(options.storage), page))
     fidelity.PAGE.write_text(page, encoding="utf-8")
 
 
