@@ -4,13 +4,20 @@ On a CPU the same checks run, on small shapes, with the paths that a CPU takes.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from q3q.config.model import DEMO_MODELS
+from q3q.evaluate.budget import TokenBudget
+from q3q.evaluate.scoring import Request, score
+from q3q.models.checkpoint import Checkpoint
+from q3q.models.decoder import Decoder, load_decoder
 from q3q.models.delta import delta_rule, delta_rule_plain
 from q3q.models.softmax import (
     VarlenLayout,
@@ -70,31 +77,13 @@ class Result:
     detail: str
 
 
-def results(device: torch.device, sizes: Sizes) -> Iterator[Result]:
-    """Run all checks; an error in one is its result, and the others go on."""
-    checks: list[tuple[str, Callable[[torch.device, Sizes], tuple[bool, str]]]] = [
-        ("Triton compiles", _triton),
-        ("GPTQ's columns", partial(_columns, levels=IntegerLevels(4, False))),
-        ("GPTQ's columns, FP4", partial(_columns, levels=FloatLevels(FLOATS["mxfp4"], 32))),
-        ("factors of experts", _factors),
-        ("sum over logits", _logsum),
-        ("norm", _norm),
-        ("attention in float32", _attention),
-        ("attention over spans", _varlen),
-        ("Gram matrix of bfloat16 tokens", _gram),
-        ("Gram matrices of padded experts", _grams),
-        ("grouped products of experts", _grouped),
-        ("the delta rule in chunks", _delta),
-        ("activations in main memory", _main_memory),
-        ("packed codes", _packed),
-        ("the check for finite numbers", _finite),
-    ]
-    for name, check in checks:
-        try:
-            passed, detail = check(device, sizes)
-        except Exception as error:
-            passed, detail = False, f"{type(error).__name__}: {str(error).splitlines()[0]}"
-        yield Result(name, passed, detail)
+def result(name: str, device: torch.device, sizes: Sizes) -> Result:
+    """Run one of `CHECKS`; an error in it is its result, and the others can go on."""
+    try:
+        passed, detail = CHECKS[name](device, sizes)
+    except Exception as error:
+        passed, detail = False, f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    return Result(name, passed, detail)
 
 
 def _draw(device: torch.device, *shape: int, seed: int = 0) -> Tensor:
@@ -208,6 +197,52 @@ def _varlen(device: torch.device, sizes: Sizes) -> tuple[bool, str]:
     return _below(_distance(found, expected), bound=2e-2)
 
 
+def _tree(device: torch.device, sizes: Sizes) -> tuple[bool, str]:
+    """Scores along a tree of prefixes, in several batches, against rows that are whole texts."""
+    requests, budget = _questions(sizes.tokens), TokenBudget(sizes.tokens // 2, sizes.tokens // 2)
+    some = range(0, len(requests), 7)
+    wide, narrow = (
+        load_decoder(Checkpoint(DEMO_MODELS / "dense"), dtype, device)
+        for dtype in (torch.float32, torch.bfloat16)
+    )
+    batches = [completed for completed, _ in score(narrow, requests, budget)]
+    scores = {number: found.log_likelihood for batch in batches for number, found in batch}
+    found = torch.tensor([scores[number] for number in some], dtype=torch.float64)
+    exact, rows = (_whole_texts(model, [requests[n] for n in some]) for model in (wide, narrow))
+    error, twins = (float((each - exact).abs().mean()) for each in (found, rows))
+    detail = f"{len(batches)} batches, {error:.1e} nats from float32, its twin {twins:.1e}"
+    return len(batches) > 1 and error <= 2 * twins, f"{detail}, at most twice that"
+
+
+def _questions(tokens: int) -> list[Request]:
+    """Return 32 questions on one text, each with four answers: batches share the text's keys."""
+    random = np.random.default_rng(0)
+
+    def drawn(count: int) -> NDArray[np.int32]:
+        return random.integers(0, 4096, count, dtype=np.int32)
+
+    requests, text = [], drawn(min(tokens // 4, 1024))
+    for _ in range(32):
+        question = np.concatenate((text, drawn(tokens // 64)))
+        for count in random.integers(1, tokens // 128, 4):
+            ids = np.concatenate((question, drawn(count)))
+            requests.append(Request(ids[:-1], ids[-count:], "tree"))
+    return requests
+
+
+def _whole_texts(model: Decoder, requests: Sequence[Request]) -> Tensor:
+    """Return each request's log-likelihood, of a row of its own."""
+    scores = []
+    for request in requests:
+        ids, targets = (
+            torch.from_numpy(tokens.astype(np.int64))
+            for tokens in (request.inputs, request.targets)
+        )
+        hidden_PH = model.hidden(ids[None])[0, -len(targets) :]
+        scores.append(float(model.log_likelihoods(hidden_PH, targets)[0].double().sum()))
+    return torch.tensor(scores, dtype=torch.float64)
+
+
 def _gram(device: torch.device, sizes: Sizes) -> tuple[bool, str]:
     """The 16-bit product is as close to float64 as that of float32, up to the order of sums."""
     x = _draw(device, sizes.tokens, sizes.columns) * _draw(device, sizes.columns, seed=1).exp()
@@ -299,3 +334,23 @@ def _finite(device: torch.device, sizes: Sizes) -> tuple[bool, str]:
         for tensor in tensors:
             check.note(tensor)
     return checks[0].passed() and not checks[1].passed(), "one NaN among 3,000 numbers"
+
+
+CHECKS: dict[str, Callable[[torch.device, Sizes], tuple[bool, str]]] = {
+    "Triton compiles": _triton,
+    "GPTQ's columns": partial(_columns, levels=IntegerLevels(4, False)),
+    "GPTQ's columns, FP4": partial(_columns, levels=FloatLevels(FLOATS["mxfp4"], 32)),
+    "factors of experts": _factors,
+    "sum over logits": _logsum,
+    "norm": _norm,
+    "attention in float32": _attention,
+    "attention over spans": _varlen,
+    "scores along a tree of prefixes": _tree,
+    "Gram matrix of bfloat16 tokens": _gram,
+    "Gram matrices of padded experts": _grams,
+    "grouped products of experts": _grouped,
+    "the delta rule in chunks": _delta,
+    "activations in main memory": _main_memory,
+    "packed codes": _packed,
+    "the check for finite numbers": _finite,
+}

@@ -4,25 +4,29 @@
 
 - `checks` each fast path against its plain twin;
 - times each phase of models of the `0.6B`, `8B` and `30B-A3B` shapes: random weights made on the
-  spot, a few blocks of each; seconds of the whole model follow from the number of its blocks;
+  spot, one block first, then as many as fit the time and the memory; seconds of the whole model
+  follow from the number of its blocks;
 - runs BiLLM to its end on the 0.6B shape;
 - puts two tasks on one GPU under Ray (`ray`), and lets a task run out of memory, which is tried
   again with more;
 - lets an evaluation run out of `memory`, which goes on with smaller batches.
 
-It prints tables for docs/BENCHMARKS.md, and exits 1 if a check failed. `--small` runs the same
-phases on a CPU with tiny shapes: it says that the script works, and nothing about a GPU.
+It prints tables for docs/BENCHMARKS.md, and exits 1 if a check failed. Nothing begins once the
+minutes are over, nor a phase of several blocks that would end later, by what it took on one; what
+is left out is named. `--small` runs the same phases on a CPU with tiny shapes: it says that the
+script works, and nothing about a GPU.
 """
 
 import argparse
 import json
 import platform
+import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,6 +39,7 @@ from safetensors.torch import save_file
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks import gpu_checks
+from q3q import limits
 from q3q.evaluate.budget import TokenBudget
 from q3q.evaluate.perplexity import perplexity
 from q3q.evaluate.scoring import Request, score
@@ -94,22 +99,24 @@ SHAPES = {
 }  # fmt: skip
 TINY = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
 TINY |= {"intermediate_size": 128, "vocab_size": 512, "moe_intermediate_size": 64}
+TINY |= {"num_hidden_layers": 2}
 TINY_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
 PARTS = ("checks", *SHAPES, "ray", "memory")
+# Blocks that say more than one, where they fit: the second one reads what the first has changed.
+LEAST_BLOCKS = {"0.6B": 4, "8B": 2, "30B-A3B": 2}
+# Seconds that the parts after the shapes may take.
+LAST_PARTS = {"ray": 60.0, "memory": 5.0}
+# Bytes beside a model, as parts of its weights: a second copy and codes; files, and one block more.
+MEMORY_FACTOR, DISK_FACTOR = 2.5, 1.5
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How much is run.
-
-    blocks: of each shape
-    windows, length: of calibration, whose first few windows are evaluated too
-    """
+    """How much is run: windows of some length for calibration, the first of which are evaluated."""
 
     device: torch.device
     sizes: gpu_checks.Sizes
     small: bool
-    blocks: dict[str, int]
     windows: int
     length: int
     group_size: int
@@ -118,20 +125,37 @@ class Scale:
         return Scheme(bits=bits, group_size=self.group_size, symmetric=False)
 
     def config(self, shape: str) -> dict[str, Any]:
-        config = SHAPES[shape] | {"num_hidden_layers": self.blocks[shape]}
+        """Return the config of the whole model."""
+        config = SHAPES[shape]
         if self.small:
-            config |= TINY | (TINY_EXPERTS if "num_experts" in config else {})
+            config = config | TINY | (TINY_EXPERTS if "num_experts" in config else {})
         return config
 
 
 LARGE_SCALE = partial(
-    Scale, sizes=gpu_checks.LARGE, small=False, blocks={"0.6B": 4, "8B": 2, "30B-A3B": 2},
-    windows=128, length=2048, group_size=128,
-)  # fmt: skip
+    Scale, sizes=gpu_checks.LARGE, small=False, windows=128, length=2048, group_size=128
+)
 SMALL_SCALE = partial(
-    Scale, sizes=gpu_checks.SMALL, small=True, blocks=dict.fromkeys(SHAPES, 1),
-    windows=8, length=32, group_size=32,
-)  # fmt: skip
+    Scale, sizes=gpu_checks.SMALL, small=True, windows=8, length=32, group_size=32
+)
+
+
+@dataclass(frozen=True)
+class Deadline:
+    """The moment, on the monotonic clock, when all should have ended."""
+
+    end: float
+
+    @classmethod
+    def after(cls, seconds: float) -> "Deadline":
+        return cls(time.monotonic() + seconds)
+
+    def left(self) -> float:
+        """Return the seconds until then."""
+        return self.end - time.monotonic()
+
+    def earlier(self, seconds: float) -> "Deadline":
+        return Deadline(self.end - seconds)
 
 
 @dataclass
@@ -178,12 +202,12 @@ class Phases:
 
 @dataclass
 class Row:
-    """A phase of one shape: seconds of the blocks that ran, and of the whole model."""
+    """A phase of one shape: what the blocks that ran took, and what the whole model would."""
 
     shape: str
     phase: str
-    seconds: float
-    whole: float | None
+    ran: str = ""
+    whole: str = ""
 
 
 class Kept:
@@ -199,7 +223,7 @@ class Kept:
         self.last = block
 
 
-def random_checkpoint(folder: Path, config: dict[str, Any], device: torch.device) -> Checkpoint:
+def random_checkpoint(folder: Path, config: dict[str, Any], device: torch.device) -> None:
     """Write a model of random weights as the Hub has it."""
     facts = read_facts(config)
     folder.mkdir()
@@ -221,79 +245,214 @@ def random_checkpoint(folder: Path, config: dict[str, Any], device: torch.device
 
     save_file({n: weight(n, s) for n, s in shapes.items()}, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    return Checkpoint(folder)
 
 
-def time_shape(shape: str, scale: Scale) -> Iterator[Row]:
-    """Time each phase of quantizing and evaluating a few blocks of one shape."""
-    layers = SHAPES[shape]["num_hidden_layers"]
-    with tempfile.TemporaryDirectory(prefix="q3q_gpu_day_") as scratch:
-        checkpoint = random_checkpoint(Path(scratch) / "model", scale.config(shape), scale.device)
-        facts, phases = checkpoint.facts, Phases(scale.device)
-        ratio = layers / facts.layers
+class Subject:
+    """The first blocks of a shape with random weights, and the phases that are timed on them."""
+
+    def __init__(self, shape: str, scale: Scale, blocks: int, folder: Path) -> None:
+        self.shape, self.scale, self.blocks, self.folder = shape, scale, blocks, folder
+        config = scale.config(shape)
+        self.config = config | {"num_hidden_layers": blocks}
+        self.facts = read_facts(self.config)
+        self.by_blocks = config["num_hidden_layers"] / blocks
+        self.by_bytes = read_facts(config).weight_bytes() / self.facts.weight_bytes()
+        self.ids = torch.randint(self.facts.vocab, (scale.windows, scale.length))
+        self.sink = Kept()
+
+    def phases(self) -> dict[str, Callable[[], Iterator[Row]]]:
+        """Return the phases in their order."""
+        named: dict[str, Callable[[], Iterator[Row]]] = {
+            "weights": self._write,
+            "load": self._load,
+            "forward": self._forward,
+            "GPTQ in parts": self._gptq_in_parts,
+            "GPTQ in all": self._gptq,
+            "store": self._store,
+            "AWQ": partial(self._other, "AWQ", Awq(AwqSettings()), 4),
+            "BiLLM": partial(self._other, "BiLLM", Billm(BillmSettings()), 1),
+            "perplexity": self._perplexity,
+            "questions": self._questions,
+        }
+        if self.shape != "0.6B":
+            del named["BiLLM"]
+        return named
+
+    def expected(self, phase: str, seconds: Mapping[str, float]) -> float:
+        """Return the seconds of a phase here, given those of the same phases on one block."""
+        if phase in ("weights", "load"):
+            one = read_facts(self.config | {"num_hidden_layers": 1}).weight_bytes()
+            return seconds.get(phase, 0.0) * self.facts.weight_bytes() / one
+        return seconds.get(phase, 0.0) * (1 if phase == "store" else self.blocks)
+
+    def run(self, deadline: Deadline, seconds: dict[str, float]) -> Iterator[Row]:
+        """Run the phases that fit, and name those that do not.
+
+        Args:
+            seconds: of the phases on one block, as far as they are known; one block notes its own.
+        """
+        left_out: list[str] = []
+        for name, phase in self.phases().items():
+            needed = {"weights", "load", *(["GPTQ in all"] if name == "store" else [])}
+            if needed & {*left_out} or self.expected(name, seconds) >= deadline.left():
+                left_out.append(name)
+                continue
+            begin = time.monotonic()
+            yield from phase()
+            if self.blocks == 1:
+                seconds[name] = time.monotonic() - begin
+        if left_out:
+            yield Row(self.shape, f"left out for want of time: {', '.join(left_out)}")
+
+    def _row(self, phase: str, seconds: float, times: float | None = None) -> Row:
+        whole = "" if times is None else f"{times * seconds:.1f} s"
+        return Row(self.shape, phase, f"{seconds:.2f} s", whole)
+
+    def _write(self) -> Iterator[Row]:
+        if not self.folder.exists():
+            random_checkpoint(self.folder, self.config, self.scale.device)
+        self.checkpoint = Checkpoint(self.folder)
+        yield from ()
+
+    def _decoder(self) -> Decoder:
+        return load_decoder(self.checkpoint, torch.bfloat16, self.scale.device)
+
+    def _load(self) -> Iterator[Row]:
+        phases = Phases(self.scale.device)
         with phases.timed("load"):
-            model = load_decoder(checkpoint, torch.bfloat16, scale.device)
-        whole = phases.seconds["load"] * _whole_bytes(shape, facts) / facts.weight_bytes()
-        yield Row(shape, "load", phases.seconds["load"], whole)
-        ids = torch.randint(facts.vocab, (scale.windows, scale.length))
-        sink = Kept()
-        yield from _walk_rows(shape, model, ids, sink, scale.scheme(bits=4), ratio)
-        store = BlockStore(Path(scratch) / "blocks")
-        with phases.timed("store"):
-            store.store(sink.last)
-            store.settle()  # what is written behind the walk
-        seconds = phases.seconds["store"]
-        yield Row(shape, "store of one block", seconds, layers * seconds)
-        del store, sink
-        others: list[tuple[str, Method, int]] = [("AWQ", Awq(AwqSettings()), 4)]
-        if shape == "0.6B":
-            others.append(("BiLLM", Billm(BillmSettings()), 1))
-        for name, method, bits in others:
-            again = load_decoder(checkpoint, torch.bfloat16, scale.device)
-            few = ids[: max(4, len(ids) // 4)]  # AWQ's default calibration is a quarter as long
-            with phases.timed(name):
-                quantize_model(again, method, scale.scheme(bits), few, Kept())
-            del again
-            seconds = phases.seconds[name]
-            yield Row(shape, f"{name}, {few.numel():,} tokens", seconds, ratio * seconds)
-        few = ids[:16]
+            self.model = self._decoder()
+        yield self._row("load", phases.seconds["load"], self.by_bytes)
+
+    def _walk_rows(self, phases: Phases) -> Iterator[Row]:
+        for name, seconds in phases.seconds.items():
+            yield self._row(f"{name}, {self.ids.numel():,} tokens", seconds, self.by_blocks)
+
+    def _forward(self) -> Iterator[Row]:
+        phases, hidden = Phases(self.scale.device), activations_of(self.model, self.ids).hidden
+        with phases.timed("forward"):
+            for b in range(len(hidden)):
+                for block in self.model.blocks:
+                    hidden[b] = block(hidden[b], self.model.rope)
+        hidden.close()
+        yield from self._walk_rows(phases)
+
+    def _gptq_in_parts(self) -> Iterator[Row]:
+        phases, scheme = Phases(self.scale.device), self.scale.scheme(bits=4)
+        with phases.inside_a_walk():
+            quantize_model(self.model.copy(), Gptq(GptqSettings()), scheme, self.ids, self.sink)
+        yield from self._walk_rows(phases)
+
+    def _gptq(self) -> Iterator[Row]:
+        phases, scheme = Phases(self.scale.device), self.scale.scheme(bits=4)
+        with phases.timed("GPTQ in all"):
+            quantize_model(self.model, Gptq(GptqSettings()), scheme, self.ids, self.sink)
+        yield from self._walk_rows(phases)
+
+    def _store(self) -> Iterator[Row]:
+        phases = Phases(self.scale.device)
+        with tempfile.TemporaryDirectory(dir=self.folder.parent) as folder:
+            store = BlockStore(Path(folder))
+            with phases.timed("store"):
+                store.store(self.sink.last)
+                store.settle()  # what is written behind the walk
+        self.sink.last = None
+        layers = self.by_blocks * self.blocks
+        yield self._row("store of one block", phases.seconds["store"], layers)
+
+    def _other(self, name: str, method: Method, bits: int) -> Iterator[Row]:
+        phases, again = Phases(self.scale.device), self._decoder()
+        few = self.ids[: max(4, len(self.ids) // 4)]  # AWQ's default calibration is so long
+        with phases.timed(name):
+            quantize_model(again, method, self.scale.scheme(bits), few, Kept())
+        yield self._row(f"{name}, {few.numel():,} tokens", phases.seconds[name], self.by_blocks)
+
+    def _perplexity(self) -> Iterator[Row]:
+        phases, few = Phases(self.scale.device), self.ids[:16]
         with phases.timed("perplexity"):
-            found = perplexity(model, few)
+            found = perplexity(self.model, few)
         assert found.nll > 0  # false for NaN
         name = f"perplexity of {few.numel():,} tokens, head included"
-        yield Row(shape, name, phases.seconds["perplexity"], None)
-        requests = _requests(facts, 256 if not scale.small else 8)
+        yield self._row(name, phases.seconds["perplexity"])
+
+    def _questions(self) -> Iterator[Row]:
+        phases = Phases(self.scale.device)
+        requests = _requests(self.facts, max(4, self.ids.numel() // 1024))
         with phases.timed("scoring"):
-            for _ in score(model, requests, TokenBudget.measured(model)):
+            for _ in score(self.model, requests, TokenBudget.measured(self.model)):
                 pass
-        name = f"{len(requests)} questions of 400 tokens"
-        yield Row(shape, name, phases.seconds["scoring"], None)
+        yield self._row(f"{len(requests)} questions of 400 tokens", phases.seconds["scoring"])
 
 
-def _walk_rows(
-    shape: str, model: Decoder, ids: torch.Tensor, sink: Kept, scheme: Scheme, ratio: float
-) -> Iterator[Row]:
-    """Time a forward pass of all windows, then GPTQ of all blocks, in parts and undisturbed."""
-    phases, tokens = Phases(model.device), f"{ids.numel():,} tokens"
-    hidden = activations_of(model, ids).hidden
-    with phases.timed("forward"):
-        for b in range(len(hidden)):
-            for block in model.blocks:
-                hidden[b] = block(hidden[b], model.rope)
-    hidden.close()
-    with phases.inside_a_walk():
-        quantize_model(model.copy(), Gptq(GptqSettings()), scheme, ids, sink)
-    with phases.timed("GPTQ in all"):
-        quantize_model(model, Gptq(GptqSettings()), scheme, ids, sink)
-    for name, seconds in phases.seconds.items():
-        yield Row(shape, f"{name}, {tokens}", seconds, ratio * seconds)
+def time_shape(shape: str, scale: Scale, deadline: Deadline, share: float) -> Iterator[Row]:
+    """Time each phase on one block of a shape, then on as many as fit.
+
+    Args:
+        share: the seconds that this shape may take, unless the least number of blocks takes more.
+    """
+    within = Deadline.after(share)
+    with tempfile.TemporaryDirectory(prefix="q3q_gpu_day_") as scratch:
+        room = blocks_in_memory(shape, scale, Path(scratch))
+        seconds, rows = time_one_block(shape, scale, deadline, Path(scratch) / "one")
+
+        def cost(blocks: int) -> float:
+            subject = Subject(shape, scale, blocks, Path(scratch) / "more")
+            return sum(subject.expected(name, seconds) for name in subject.phases())
+
+        least = min(LEAST_BLOCKS[shape], room)
+        blocks = blocks_that_fit(cost, least, room, within.left(), deadline.left())
+        if seconds:
+            whole = scale.config(shape)["num_hidden_layers"]
+            yield Row(shape, "blocks", str(blocks), str(whole))
+        if blocks > 1:
+            larger = Subject(shape, scale, blocks, Path(scratch) / "more")
+            yield from larger.run(deadline, seconds)
+        else:
+            yield from rows
 
 
-def _whole_bytes(shape: str, facts: ModelFacts) -> int:
-    """Return the bytes of a model with all of the shape's layers."""
-    block = sum(facts.block_bytes(k, "bfloat16") for k in range(facts.layers))
-    rest = facts.weight_bytes() - block
-    return rest + block * SHAPES[shape]["num_hidden_layers"] // facts.layers
+def time_one_block(
+    shape: str, scale: Scale, deadline: Deadline, folder: Path
+) -> tuple[dict[str, float], list[Row]]:
+    """Return the seconds of each phase that fits on one block, and its rows.
+
+    A pass over a few windows comes first, in which kernels are compiled.
+    """
+    few, seconds = replace(scale, windows=max(1, scale.windows // 16)), dict[str, float]()
+    list(Subject(shape, few, 1, folder).run(deadline, seconds))
+    writing = seconds.get("weights", 0.0)
+    rows = list(Subject(shape, scale, 1, folder).run(deadline, seconds))
+    if seconds:
+        seconds["weights"] = writing  # the second time, they were there
+    shutil.rmtree(folder, ignore_errors=True)
+    return seconds, rows
+
+
+def blocks_that_fit(
+    cost: Callable[[int], float], least: int, most: int, share: float, left: float
+) -> int:
+    """Return how many blocks to time.
+
+    Args:
+        cost: returns the seconds that so many blocks take.
+        least: take so many if they fit the time that is `left`, though they exceed the `share`.
+    """
+    fitting = [n for n in range(1, most + 1) if cost(n) <= (left if n <= least else share)]
+    return max(fitting, default=1)
+
+
+def blocks_in_memory(shape: str, scale: Scale, scratch: Path) -> int:
+    """Return how many blocks of a shape the machine's memory and disk hold."""
+    memory = limits.free_memory()
+    if scale.device.type == "cuda":
+        memory = min(memory, torch.cuda.mem_get_info(scale.device)[0])
+    disk = shutil.disk_usage(scratch).free
+    config = scale.config(shape)
+
+    def holds(blocks: int) -> bool:
+        weights = read_facts(config | {"num_hidden_layers": blocks}).weight_bytes()
+        return MEMORY_FACTOR * weights <= memory and DISK_FACTOR * weights <= disk
+
+    return max(filter(holds, range(1, config["num_hidden_layers"] + 1)), default=1)
 
 
 def _requests(facts: ModelFacts, count: int) -> list[Request]:
@@ -363,56 +522,84 @@ def under_ray(scale: Scale) -> Iterator[gpu_checks.Result]:
     )
 
 
+HEADS = {
+    "check": "| check | | |\n|---|---|---|",
+    "shape": "| shape | phase | blocks that ran | whole model |\n|---|---|---|---|",
+}
+
+
+class Tables:
+    """What is printed: a row at a time, a new head where the kind of row changes."""
+
+    def __init__(self) -> None:
+        self.failed, self.shown = 0, ""
+
+    def show(self, result: gpu_checks.Result | Row) -> None:
+        if isinstance(result, Row):
+            kind, *cells = "shape", result.shape, result.phase, result.ran, result.whole
+        else:
+            passed = "yes" if result.passed else "NO"
+            kind, *cells = "check", result.name, passed, result.detail
+            self.failed += not result.passed
+        if kind != self.shown:
+            print(f"\n{HEADS[kind]}")
+            self.shown = kind
+        print(f"| {' | '.join(cells)} |", flush=True)
+
+    def note(self, line: str) -> None:
+        print(f"\n{line}", flush=True)
+        self.shown = ""
+
+
+def run_parts(wanted: list[str], scale: Scale, deadline: Deadline, tables: Tables) -> None:
+    """Run the parts that fit, each shape for an equal share of what the ones before left."""
+    after = deadline.earlier(sum(LAST_PARTS[part] for part in wanted if part in LAST_PARTS))
+    shapes = [part for part in wanted if part in SHAPES]
+    for part in wanted:
+        until = deadline.earlier(LAST_PARTS[part]) if part in LAST_PARTS else after
+        if until.left() <= 0:
+            tables.note(f"{part}: left out for want of time")
+        elif part in SHAPES:
+            share = until.left() / (len(shapes) - shapes.index(part))
+            for row in time_shape(part, scale, until, share):
+                tables.show(row)
+        elif part == "checks":
+            left_out = []
+            for name in gpu_checks.CHECKS:
+                if until.left() > 0:
+                    tables.show(gpu_checks.result(name, scale.device, scale.sizes))
+                else:
+                    left_out.append(name)
+            if left_out:
+                tables.note(f"checks left out for want of time: {', '.join(left_out)}")
+        elif part == "ray":
+            for result in under_ray(scale):
+                tables.show(result)
+        else:
+            tables.show(out_of_memory(scale))
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float, default=10, help="begin no part after so many")
+    parser.add_argument("--minutes", type=float, default=10, help="that all may take")
     parser.add_argument("--small", action="store_true", help="tiny shapes on the CPU")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
-    wanted = parser.parse_args(arguments)
-    if not wanted.small and not torch.cuda.is_available():
+    asked = parser.parse_args(arguments)
+    if not asked.small and not torch.cuda.is_available():
         print("gpu_day: there is no GPU here; --small runs the same phases on the CPU", flush=True)
         return 2
-    device = torch.device("cpu" if wanted.small else "cuda")
-    scale: Scale = (SMALL_SCALE if wanted.small else LARGE_SCALE)(device)
-    name = platform.machine() if wanted.small else torch.cuda.get_device_name()
-    print(f"{name}, PyTorch {torch.__version__}, CUDA {torch.version.cuda}\n", flush=True)
-    begin, failed = time.monotonic(), 0
-    shown = {"checks": False, "times": False}
-
-    def show_check(result: gpu_checks.Result) -> int:
-        if not shown["checks"]:
-            print("\n| check | | |\n|---|---|---|")
-            shown.update(checks=True, times=False)
-        passed = "yes" if result.passed else "NO"
-        print(f"| {result.name} | {passed} | {result.detail} |", flush=True)
-        return not result.passed
-
-    def show_row(row: Row) -> None:
-        if not shown["times"]:
-            print("\n| shape | phase | blocks that ran | whole model |\n|---|---|---|---|")
-            shown.update(checks=False, times=True)
-        whole = "" if row.whole is None else f"{row.whole:.1f} s"
-        print(f"| {row.shape} | {row.phase} | {row.seconds:.2f} s | {whole} |", flush=True)
-
+    device = torch.device("cpu" if asked.small else "cuda")
+    scale: Scale = (SMALL_SCALE if asked.small else LARGE_SCALE)(device)
+    name = platform.machine() if asked.small else torch.cuda.get_device_name()
+    print(f"{name}, PyTorch {torch.__version__}, CUDA {torch.version.cuda}", flush=True)
+    begin, tables = time.monotonic(), Tables()
     torch.manual_seed(0)
     with torch.inference_mode():
-        for part in PARTS:
-            if part not in wanted.only:
-                continue
-            if time.monotonic() - begin > 60 * wanted.minutes:
-                print(f"\n{part}: left out, as {wanted.minutes:g} minutes are over", flush=True)
-                continue
-            if part in SHAPES:
-                for row in time_shape(part, scale):
-                    show_row(row)
-            elif part == "checks":
-                failed += sum(map(show_check, gpu_checks.results(device, scale.sizes)))
-            elif part == "ray":
-                failed += sum(map(show_check, under_ray(scale)))
-            else:
-                failed += show_check(out_of_memory(scale))
-    print(f"\n{failed} failed; {(time.monotonic() - begin) / 60:.1f} minutes", flush=True)
-    return int(failed > 0)
+        wanted = [part for part in PARTS if part in asked.only]
+        run_parts(wanted, scale, Deadline.after(60 * asked.minutes), tables)
+    minutes = (time.monotonic() - begin) / 60
+    tables.note(f"{tables.failed} failed; {minutes:.1f} of {asked.minutes:g} minutes")
+    return int(tables.failed > 0)
 
 
 if __name__ == "__main__":

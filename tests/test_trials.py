@@ -177,9 +177,11 @@ def test_sizes_are_those_on_disk_kept_blocks_included(storage):
 def test_the_list_is_a_line_a_trial_and_can_be_narrowed(storage, capsys):
     complete(trial(storage, 2))
     stopped = begin(trial(storage, 3))
+    stopped.placement.block_cache.use(stopped.spec.quantization_id)
     assert main(["--storage", str(storage)]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    *lines, kept = capsys.readouterr().out.splitlines()
     assert len(lines) == 4
+    assert kept.startswith("blocks of 1 quantization kept for later evaluations (keep=auto): ")
     assert lines[1].split()[:1] == [stopped.id]
     assert lines[-1].startswith("1 completed, 1 stopped; ")
     assert main(["--storage", str(storage), "list", "completed"]) == 0

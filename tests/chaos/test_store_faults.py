@@ -256,9 +256,12 @@ def command(module, url, *arguments, **environment):
 
 def test_a_plan_on_a_url_starts_nothing_and_leaves_nothing_there(tiny, tmp_path):
     url = f"file://{tmp_path}/store"
-    code, said = launch(url, tiny, *SWEEP, "plan=true", Q3Q_MIRRORS=str(tmp_path / "a"))
+    code, said = launch(
+        url, tiny, *SWEEP, "keep=auto", "plan=true", Q3Q_MIRRORS=str(tmp_path / "a")
+    )
     assert code == 0, said
     assert f"State and records: {url}" in said
+    assert f"Quantized blocks stay in {url}/trials/blocks for later evaluations: at most" in said
     assert open_store(url).find("") == {}
 
 

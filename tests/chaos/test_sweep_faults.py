@@ -296,6 +296,32 @@ def test_two_sweeps_that_share_trials_run_each_once(tiny, undisturbed, tmp_path)
 
 
 @pytest.mark.slow
+def test_of_two_sweeps_that_evaluate_differently_one_quantizes_and_the_other_waits(tiny, tmp_path):
+    longer = ("calibration.samples=512", "calibration.length=256")  # a block takes half a second
+    same = ("method=gptq", "bits=3", *longer)
+    first = start(tmp_path, tiny, *same, "evaluation.limit=3")
+    maker = freeze(tmp_path, "quantize", set())
+    second = start(tmp_path, tiny, *same, "evaluation.limit=5")
+
+    def waiter():
+        folders = {path.parent for path in tmp_path.glob("trials/*/trial.log")} - {maker.folder}
+        return [
+            one for one in folders if any(step.words.startswith("wait") for step in log_of(one))
+        ]
+
+    wait_until(waiter, "a trial that waits for the other's blocks")
+    os.kill(maker.pid, signal.SIGCONT)
+    for process in (first, second):
+        output, _ = process.communicate(timeout=240)
+        assert process.returncode == 0, output
+    found = records(tmp_path)
+    made, read = found.pop(maker.folder.name), *found.values()
+    assert [record["notes"].get("blocks_from_disk", 0) for record in (made, read)] == [0, 3]
+    assert made["sites"] == read["sites"]
+    assert made["metrics"]["perplexity/stories"] != read["metrics"]["perplexity/stories"]
+
+
+@pytest.mark.slow
 def test_a_disk_that_is_full_stops_the_sweep_in_a_line_and_with_room_it_goes_on(
     tiny, undisturbed, small_disk
 ):

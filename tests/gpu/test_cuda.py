@@ -157,7 +157,7 @@ def test_the_fused_columns_equal_the_plain_loop(shape):
 @torch.inference_mode()
 def test_every_fast_path_agrees_with_its_twin():
     """At the sizes of real models; `benchmarks/gpu_day.py` prints the same checks."""
-    found = list(gpu_checks.results(GPU, gpu_checks.LARGE))
+    found = [gpu_checks.result(name, GPU, gpu_checks.LARGE) for name in gpu_checks.CHECKS]
     assert [(result.name, result.detail) for result in found if not result.passed] == []
 
 

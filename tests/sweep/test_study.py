@@ -209,8 +209,9 @@ def test_another_evaluation_says_when_it_has_to_quantize_again(swept):
 
 
 def test_equal_jobs_run_once_and_incompatible_pairs_are_counted(tmp_path):
-    code, output = launch(tmp_path, "-m", "method=none,rtn", "bits=1,8", "plan=true")
+    code, output = launch(tmp_path, "-m", "method=none,rtn", "bits=1,8", "keep=none", "plan=true")
     assert code == 0, output
+    assert "Quantized blocks stay" not in output
     assert "1 of 4 combinations left out: method=rtn cannot do bits=1" in output
     assert "2 to run on this machine" in output  # none at 1 and at 8 bits are one trial
 
@@ -335,6 +336,8 @@ def test_plan_starts_nothing(tmp_path):
     assert code == 0, output
     assert output.count(" resident ") == 5
     assert "5 to run on this machine" in output
+    blocks = tmp_path / "trials/blocks"
+    assert f"Quantized blocks stay in {blocks} for later evaluations: at most" in output
     assert output.index("none ") < output.index("gptq w2")  # what all are compared with runs first
     assert not (tmp_path / "mlflow.db").exists()
     assert not list(tmp_path.glob("trials/*/spec.json"))
