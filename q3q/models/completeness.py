@@ -72,9 +72,10 @@ def check_complete(folder: Path, facts: ModelFacts, files: ModelFiles) -> dict[s
         untied = (
             " (tie_word_embeddings is false in config.json)" if missing[0] == family.head else ""
         )
+        found = f"{files.whereabouts(missing[0])}{untied}{_hint(missing[0], facts, tensors)}"
         raise CheckpointError(
             f"{folder}: {number_of_tensors(missing)} missing, first {missing[0]}"
-            f"{files.whereabouts(missing[0])}{untied}{_hint(missing[0], facts, tensors)}"
+            f"{found or ', which config.json implies: are all files here, and of one model?'}"
         )
     for what, misfits in {
         "of a shape that config.json does not imply": [

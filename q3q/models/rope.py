@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from q3q.models.config_values import Values
 
@@ -49,7 +49,7 @@ def read_rope(values: Values) -> tuple[float, RopeScaling | None]:
     Raises:
         CheckpointError: the scaling is none of `SCALINGS`, or makes no sense.
     """
-    section = values.table("rope_parameters") or values.table("rope_scaling")
+    section = _section(values)
     theta_in = section if section.get("rope_theta") is not None else values.config
     theta = Values(theta_in, values.wrong).positive("rope_theta", 10_000.0)
     kind = section.get("rope_type", section.get("type", "default"))
@@ -90,6 +90,23 @@ def read_rope(values: Values) -> tuple[float, RopeScaling | None]:
     )
 
 
+def _section(values: Values) -> Mapping[str, Any]:
+    """Return config.json's table of rotary positions, under transformers 5's name or 4's.
+
+    Raises:
+        CheckpointError: both are there and differ. transformers would take the older one, and
+            its base of the frequencies from elsewhere, or a default.
+    """
+    new, old = values.table("rope_parameters"), values.table("rope_scaling")
+    given = {"rope_type" if key == "type" else key: value for key, value in old.items()}
+    if new and any(new.get(key) != value for key, value in given.items()):
+        raise values.wrong(
+            "rope_parameters and rope_scaling are both given, and differ: keep one of them, with "
+            "its rope_theta"
+        )
+    return new or old
+
+
 def rotary_share(values: Values) -> float:
     """Return the share of a head's dimensions, the first ones, that positions turn.
 
@@ -97,7 +114,7 @@ def rotary_share(values: Values) -> float:
         CheckpointError: it is no share.
     """
     key = "partial_rotary_factor"
-    section = values.table("rope_parameters") or values.table("rope_scaling")
+    section = _section(values)
     within = values if section.get(key) is None else Values(section, values.wrong)
     share = within.positive(key, 1.0)
     if share > 1:

@@ -326,6 +326,7 @@ def test_both_spellings_of_a_config_say_the_same():
     new["rope_parameters"] = {"rope_type": "default", "rope_theta": new.pop("rope_theta")}
     del new["rope_scaling"]
     assert read_facts(new) == read_facts(old)
+    assert read_facts(new | {"rope_scaling": {"type": "default"}}) == read_facts(old)
     assert dataclasses.replace(read_facts(new), rope_theta=1e4) != read_facts(old)
 
 
@@ -337,8 +338,15 @@ def test_both_spellings_of_a_config_say_the_same():
         ({"model_type": "gemma3_text"}, "mistral. docs/FAMILY_GUIDE.md"),  # and none is near
         ({"model_type": ["qwen3"]}, "is of no family"),
         ({"model_type": "qwen3" * 10**6}, "docs/FAMILY_GUIDE.md"),
-        ({"model_type": None}, "model_type 'None' is of no family"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantized already (gptq)"),
+        ({"model_type": None}, "config.json has no model_type, which names a model's family. q3q"),
+        (
+            {"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 128}},
+            "quantized already (gptq), and its config lacks 'sym'",
+        ),
+        (
+            {"quantization_config": {"quant_method": "hqq"}},
+            "quantized already (hqq), which q3q",
+        ),
         ({"attention_bias": True}, "attention_bias=True is not supported"),
         ({"use_sliding_window": True}, "use_sliding_window=True is not supported"),
         (
@@ -352,6 +360,10 @@ def test_both_spellings_of_a_config_say_the_same():
             "low_freq_factor=4 must be below high_freq_factor=4",
         ),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "differ between layers"),
+        (
+            {"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"type": "yarn"}},
+            "rope_parameters and rope_scaling are both given, and differ: keep one of them",
+        ),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5 is not supported"),
         ({"model_type": "mistral", "sliding_window": 4096}, "sliding_window=4096 is not supported"),
         ({"model_type": "qwen2", "use_sliding_window": True}, "use_sliding_window=True"),

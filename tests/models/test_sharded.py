@@ -11,15 +11,18 @@ import q3q.models.demo
 from q3q.kv_scheme import KvScheme
 from q3q.models.checkpoint import Checkpoint
 from q3q.models.decoder import load_decoder
+from q3q.models.family import DTYPE_BYTES
 from q3q.models.kv_cache import KvRounding
 from q3q.models.sharded import load_sharded
 from q3q.models.tensor_files import read_header
 from q3q.numerics.grid import into_groups, minmax_grid
 from q3q.numerics.weights import round_to_grid
 from q3q.scheme import InputRounding
+from tests.models.families import build
 
 DEMO = Path(q3q.models.demo.__file__).parent
-CHANGED = "self_attn.o_proj.weight"
+OTHERS = ("llama, biases", "qwen3.5 moe")  # biases; delta rules, and a shared expert
+WITH_ATTENTION, CHANGED = 2, "self_attn.o_proj.weight"  # a block of every model, and its weight
 KV = KvRounding(KvScheme(bits=2, scales="channel", chunk=4, window=3))
 
 
@@ -55,6 +58,16 @@ def quarter(k, block):
 
 
 @pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Return the models' folders by name: the demo models, and a random one of other families."""
+    folders = {name: DEMO / name for name in ("dense", "moe")}
+    for kind in OTHERS:
+        folders[kind] = tmp_path_factory.mktemp("other") / "model"
+        build(kind).save_pretrained(folders[kind])
+    return folders
+
+
+@pytest.fixture(scope="module")
 def broken(tmp_path_factory):
     """A copy of the dense model in which a number of the last rank's is NaN."""
     folder = shutil.copytree(DEMO / "dense", tmp_path_factory.mktemp("broken") / "dense")
@@ -80,8 +93,8 @@ def in_one_place_alone(team, folder):
 
 
 @pytest.fixture(scope="module")
-def results(gang, broken):
-    demo, make_ids, make_codes, changed = DEMO, random_ids, rounded, CHANGED
+def results(gang, folders, broken):
+    make_ids, make_codes, k, changed = random_ids, rounded, WITH_ATTENTION, CHANGED
     kv, score_all = KV, scored
     load_alone = in_one_place_alone
 
@@ -98,11 +111,11 @@ def results(gang, broken):
         results: dict[str, dict[str, Any]] = {}
         nothing = team.run_on_all(live_bytes)[1]
         team.run_on_all(count_reads)
-        for name in ("dense", "moe"):
+        for name, folder in folders.items():
             # Rank 1 frees its share of the previous model at this model's next call.
             before = team.run_on_all(live_bytes)[0], nothing
             model, result = (
-                load_sharded(Checkpoint(demo / name), torch.float32, team),
+                load_sharded(Checkpoint(folder), torch.float32, team),
                 results.setdefault(name, {}),
             )
             result["held"] = [
@@ -122,11 +135,11 @@ def results(gang, broken):
                 list(model.states([])),
             )
             model.release_head()
-            copy, doubled = model.copy(), {changed: model.blocks[1].weights[changed] * 2}
-            copy.blocks.exchange(1, partial(dict, doubled))
+            copy, doubled = model.copy(), {changed: model.blocks[k].weights[changed] * 2}
+            copy.blocks.exchange(k, partial(dict, doubled))
             copy.exchange_ends({"embedding": make_codes(model.embedding_VH)})
-            result["copy"] = [copy.blocks[1].weights[changed], copy.head_VH, *copy.states(batches)]
-            result["kept"] = [model.blocks[1].weights[changed], model.head_VH]
+            result["copy"] = [copy.blocks[k].weights[changed], copy.head_VH, *copy.states(batches)]
+            result["kept"] = [model.blocks[k].weights[changed], model.head_VH]
             result["known"] = [team.run_on_all(known_models)]
             del copy, doubled
             gc.collect()
@@ -136,7 +149,7 @@ def results(gang, broken):
             result["left"] = team.run_on_all(live_bytes)[1] - before[1]
             del model
             gc.collect()
-        results["moe"] |= load_alone(team, demo / "moe")
+        results["moe"] |= load_alone(team, folders["moe"])
         try:
             load_sharded(Checkpoint(broken), torch.float32, team)
         except Exception as error:
@@ -153,10 +166,11 @@ def results(gang, broken):
     return gang(2, call)[0]
 
 
-@pytest.fixture(params=["dense", "moe"])
-def both(request, results):
+@pytest.fixture(params=["dense", "moe", *OTHERS])
+def both(request, folders, results):
+    checkpoint = Checkpoint(folders[request.param])
     with torch.inference_mode():
-        yield load_decoder(Checkpoint(DEMO / request.param), torch.float32), results[request.param]
+        yield load_decoder(checkpoint, torch.float32), results[request.param]
 
 
 def same(actual, expected):
@@ -176,7 +190,7 @@ def test_what_is_gathered_is_the_model(both):
 
 def test_each_rank_reads_its_share_of_the_files_alone(both):
     model, results = both
-    item = Checkpoint(DEMO / "dense").embedding().element_size()
+    item = DTYPE_BYTES[model.facts.dtype]
     weights = [weight for block in model.blocks for weight in block.weights.values()]
     numbers = sum(map(torch.numel, [*weights, model.embedding_VH, model.norm_H]))
     assert sum(results["read"]) == numbers * item
@@ -224,10 +238,11 @@ def test_every_rank_rounds_the_cache_and_plans_its_texts_by_that(both):
 
 def test_what_is_done_to_a_copy_leaves_the_model_alone(both):
     model, results = both
-    weight, batches = model.blocks[1].weights[CHANGED], random_ids(model.facts.vocab)
+    weight, batches = model.blocks[WITH_ATTENTION].weights[CHANGED], random_ids(model.facts.vocab)
     assert same(results["kept"], [weight, model.head_VH])
     copy = model.copy()
-    copy.exchange(1, copy.blocks[1].with_weights({CHANGED: weight * 2}), dict)
+    doubled = copy.blocks[WITH_ATTENTION].with_weights({CHANGED: weight * 2})
+    copy.exchange(WITH_ATTENTION, doubled, dict)
     copy.exchange_ends({"embedding": rounded(model.embedding_VH)})
     assert same(results["copy"], [weight * 2, copy.head_VH, *copy.states(batches)])
     assert results["known"] == [[2, 2], [1, 1]]  # no rank keeps its share of a freed copy

@@ -42,6 +42,5 @@ def read_packing(config: Mapping[str, Any]) -> Packing:
     try:
         return READERS[method](config)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise CheckpointError(
-            f"quantized already ({method}), and its config is invalid: {error!r}"
-        ) from error
+        fault = f"lacks {error}" if isinstance(error, KeyError) else f"is invalid: {error!r}"
+        raise CheckpointError(f"quantized already ({method}), and its config {fault}") from error
