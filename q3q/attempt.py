@@ -114,7 +114,7 @@ def _mirrored(trial: Trial, mirror: Mirror | None, claim: Claim) -> Iterator[Non
     done = finished_record(trial) is not None
     if not done:
         mirror.pull(blocks, *([] if exported is None else [exported]))
-    with uploading(mirror, own, sure=claim.confirm) as uploader:
+    with uploading(mirror, own, check_claim=claim.confirm) as uploader:
         yield
         if exported is not None and is_finished(trial):  # proved
             uploader.add(exported)

@@ -128,8 +128,8 @@ class EvaluationConfig:
 class DataConfig:
     """Data sets.
 
-    path: folder with one subfolder for each, searched before the Hub and its cache; null: those
-        alone
+    path: folder with one subfolder per data set, searched before the Hub's cache and the Hub; null:
+        search only these two
     """
 
     path: str | None = None

@@ -1,4 +1,4 @@
-"""The answer in numbers, for people who see a study among others."""
+"""The best value of each metric at each bit width, for lists of several studies."""
 
 import math
 from collections.abc import Sequence

@@ -100,8 +100,8 @@ def parameters_of(record: TrialRecord) -> float | None:
     return 8 * record.metrics["model_bytes"] / record.metrics[BITS_PER_WEIGHT_MODEL]
 
 
-def said(rules: Iterable[str], metric: str = BITS_PER_WEIGHT_MODEL) -> str:
-    """Say which rules the sizes of one table or plot follow, marking the counted ones."""
+def sizes_note(rules: Iterable[str], metric: str = BITS_PER_WEIGHT_MODEL) -> str:
+    """Return a note on the rules that one table's or plot's sizes follow, counted ones marked."""
     words = RULES_OF_LINEARS if metric == BITS_PER_WEIGHT else RULES
     found = [rule for rule in words if rule in set(rules)]
     if len(found) < 2:

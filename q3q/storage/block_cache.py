@@ -31,7 +31,7 @@ def stored_blocks(*folders: Path) -> int:
 
 
 @dataclass(frozen=True)
-class Kept:
+class CachedBlocks:
     """Blocks of one quantization that may go.
 
     name: the quantization's id
@@ -84,13 +84,13 @@ class BlockCache:
         """
         return nullcontext()
 
-    def entries(self) -> list[Kept]:
+    def entries(self) -> list[CachedBlocks]:
         """Return all quantizations whose blocks may go, the least recently used first."""
         found = []
         for mark in self.folder.glob(f"*/{MARK}"):
             with suppress(OSError):  # it goes away at this moment
                 sizes = [one.stat().st_size for one in os.scandir(mark.parent) if one.is_file()]
-                found.append(Kept(mark.parent.name, sum(sizes), mark.stat().st_mtime_ns))
+                found.append(CachedBlocks(mark.parent.name, sum(sizes), mark.stat().st_mtime_ns))
         return sorted(found, key=lambda kept: (kept.used, kept.name))
 
     def budget(self) -> int:

@@ -108,10 +108,10 @@ def simulate(trials: Sequence[Load], machines: Sequence[Machine]) -> Simulation:
 
     Later ones pass it where there is none.
     """
-    return _Sweep(trials, machines).run()
+    return _SimulatedSweep(trials, machines).run()
 
 
-class _Sweep:
+class _SimulatedSweep:
     """The state of a simulated sweep.
 
     events: (time, ticket, trial, version of its GPU): the trial begins to compute on a GPU that it

@@ -100,7 +100,7 @@ def export_faults(folder: Path) -> Iterator[str]:
 
 
 def _again(trial: str, remove: str = "") -> str:
-    """Return how to make again what is not as it must be.
+    """Return instructions for rebuilding a damaged file.
 
     Args:
         remove: what has to be removed first, if anything has.

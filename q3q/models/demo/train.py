@@ -229,7 +229,7 @@ def train(kind: str, out: Path, checkpoint: Path | None = None) -> None:
         if number:
             earlier = type(model).from_pretrained(out, dtype=torch.float32)
             model.load_state_dict(earlier.state_dict())
-        kept = Kept(checkpoint, f"{kind}, {stage}") if checkpoint else None
+        kept = StageCheckpoint(checkpoint, f"{kind}, {stage}") if checkpoint else None
         batches = batches_of(windows(tokenizer, stage.seed, stage.story_share))
         run = run_stage(model, batches, stage, kept)
         if kind == "moe":
@@ -279,7 +279,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Kept:
+class StageCheckpoint:
     """The checkpoint of an unfinished stage: a file, and what is trained in it.
 
     The order of the batches follows from the stage's seed, and nothing else in a step is random, so
@@ -320,7 +320,7 @@ def run_stage(
     model: PreTrainedModel,
     batches: Iterator[tuple[Tensor, Tensor]],
     stage: Stage,
-    kept: Kept | None = None,
+    kept: StageCheckpoint | None = None,
 ) -> Run:
     """Train the model in place, from the checkpoint if there is one."""
     parts = optimizers(model)

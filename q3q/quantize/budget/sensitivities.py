@@ -163,5 +163,6 @@ def turn_at(
         if found.complete or mirror is None:
             yield found, None if found.complete else claim
             return
-        with uploading(mirror, name, sure=claim.check):  # each unit, for whoever goes on elsewhere
+        # Each unit is sent, so that another machine can go on.
+        with uploading(mirror, name, check_claim=claim.check):
             yield found, claim

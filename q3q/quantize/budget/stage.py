@@ -162,7 +162,7 @@ def _sensitivities(
             with turn_at(trial, units, wait) as (found, claim):
                 if claim is not None:
                     job = _measurement(trial, model, tokenizer, units, reporter)
-                    begin = partial(_tell, reporter, _Pace(job, found))
+                    begin = partial(_tell, reporter, _UnitPace(job, found))
                     for unit, row in measured(job, found.rows, begin):
                         claim.check()
                         found.add(unit, row)
@@ -206,7 +206,7 @@ def _measurement(
     )
 
 
-class _Pace:
+class _UnitPace:
     """How long the rest of the units takes, from what those took that are measured.
 
     For a divergence, a unit's outputs run through all later blocks, so early units take longer.
@@ -232,5 +232,5 @@ class _Pace:
         return len(self._found.rows), len(self._works)
 
 
-def _tell(reporter: Reporter, pace: _Pace, unit: Unit) -> None:
+def _tell(reporter: Reporter, pace: _UnitPace, unit: Unit) -> None:
     reporter.phase(SENSING, f"{unit.name}{pace.left()}")(*pace.share)

@@ -13,7 +13,7 @@ from q3q.report.plots.drawing import Plot, handle, legend, mark, panel
 from q3q.report.plots.looks import REFERENCE, SOFT, Looks, points_only
 from q3q.report.plots.words import slug
 from q3q.report.pools import Pool
-from q3q.report.sizes import Size, megabytes, said
+from q3q.report.sizes import Size, megabytes, sizes_note
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -89,7 +89,7 @@ def picture_of_answer(
     legend(figure, handles)
     rules = [size.rule for _, size, _ in points]
     title = f"What each choice costs: {words} against size"
-    return Plot(f"{slug(name)}-answer", title, said(rules), figure, name)
+    return Plot(f"{slug(name)}-answer", title, sizes_note(rules), figure, name)
 
 
 def _widths(

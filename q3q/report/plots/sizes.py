@@ -39,7 +39,7 @@ from q3q.report.sizes import (
     megabytes,
     number_of,
     parameters_of,
-    said,
+    sizes_note,
 )
 
 if TYPE_CHECKING:
@@ -135,7 +135,9 @@ def _front(
     name_axes(axes, width, height_title(metric, level))
     legend(figure, handles)
     left_out = [(pool, "no size") for pool in tried if pool not in measured]
-    return figure, " ".join(filter(None, [said_of_cache, said(rules), not_shown(left_out, metric)]))
+    return figure, " ".join(
+        filter(None, [said_of_cache, sizes_note(rules), not_shown(left_out, metric)])
+    )
 
 
 def quality_against_parameters(records: Sequence[TrialRecord]) -> Iterator[Plot]:
