@@ -69,7 +69,7 @@ def missing(spec: TrialSpec, shelf: Shelf, *, quantizes: bool = True) -> list[Js
         quantizes: the trial will quantize, and not find all its blocks.
     """
     kept = kept_identities(shelf.folder).values()
-    present = [one for one in kept if one.get("tokenizer") == shelf.tokenizer]
+    present = [identity for identity in kept if identity.get("tokenizer") == shelf.tokenizer]
     unread = [] if quantizes else drawn_identities(spec)
     return [
         identity
@@ -92,15 +92,15 @@ def preparing(
         shelf: the trial's, None if nothing of its tokenizer's can be kept.
         quantizes: see `missing`.
     """
-    wanted = missing(trial.spec, shelf, quantizes=quantizes) if shelf is not None else []
-    if shelf is None or not wanted or not pays(device):
+    identities = missing(trial.spec, shelf, quantizes=quantizes) if shelf is not None else []
+    if shelf is None or not identities or not pays(device):
         yield
         return
-    name = _claim_name(wanted)
+    name = _claim_name(identities)
     if holder_of(shelf.folder, name) is not None:
         yield
         return
-    order = {"trial": trial.to_json(), "folder": str(folder), "wanted": wanted, "claim": name}
+    order = {"trial": trial.to_json(), "folder": str(folder), "wanted": identities, "claim": name}
     process = _start(json.dumps(order))
     try:
         yield
@@ -114,8 +114,8 @@ def pays(device: Device) -> bool:
     return device == "cuda" and cores() > 1
 
 
-def _claim_name(wanted: Iterable[Json]) -> str:
-    return f"ahead-{digest({'wanted': list(wanted)})[:32]}"
+def _claim_name(identities: Iterable[Json]) -> str:
+    return f"ahead-{digest({'wanted': list(identities)})[:32]}"
 
 
 def _start(order: str) -> "subprocess.Popen[bytes] | None":
@@ -152,13 +152,15 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
         process.stdin.close()
 
 
-def prepare(trial: Trial, folder: Path, wanted: Iterable[Json]) -> None:
+def prepare(trial: Trial, folder: Path, identities: Iterable[Json]) -> None:
     """Make what is wanted of a trial's prepared input, but for what another process makes now."""
     tokenizer = load_tokenizer(folder)
     shelf = Shelf.of(trial, tokenizer)
     assert shelf is not None
-    by_identity = {digest(one.identity): one for one in _inputs(trial, folder, tokenizer, shelf)}
-    for identity in wanted:
+    by_identity = {
+        digest(source.identity): source for source in _inputs(trial, folder, tokenizer, shelf)
+    }
+    for identity in identities:
         with suppress(_MadeElsewhereError):
             by_identity[digest(identity)].make()
 
@@ -166,11 +168,11 @@ def prepare(trial: Trial, folder: Path, wanted: Iterable[Json]) -> None:
 def _inputs(trial: Trial, folder: Path, tokenizer: Any, shelf: Shelf) -> Iterator[Input]:
     """Yield all prepared input of a trial."""
     spec, placement, evaluation = trial.spec, trial.placement, trial.spec.evaluation
-    for one in drawing(spec):
-        if one.calibration is not None and not one.calibration.writes:
+    for drawn_spec in drawing(spec):
+        if drawn_spec.calibration is not None and not drawn_spec.calibration.writes:
             yield Input(
-                calibration_identity(one.calibration, one.seed),
-                partial(calibration_windows, replace(trial, spec=one), tokenizer, _pass_on),
+                calibration_identity(drawn_spec.calibration, drawn_spec.seed),
+                partial(calibration_windows, replace(trial, spec=drawn_spec), tokenizer, _pass_on),
             )
     for text in evaluation.texts:
         yield Input(

@@ -340,7 +340,7 @@ def with_plain_keys(argument: str) -> str:
     if key == "calibration.mix":
         argument = re.sub(
             r"""(?<=[{,])(\s*)([^"'{},\\]*:[^"'{},\\]*)(?=:\s*[\d.+-])""",
-            lambda found: found[1] + re.sub(r"([:= ])", r"\\\1", found[2]),
+            lambda match: match[1] + re.sub(r"([:= ])", r"\\\1", match[2]),
             argument,
         )
     elif key != "overrides":

@@ -306,9 +306,11 @@ def _not_proved(folder: Path, reason: str) -> ExportError:
 
 
 def _weight_problems(model: Decoder, findings: Json) -> list[str]:
-    problems, found, factors = [], set[tuple[str, int, int]](), dict[str, float]()
-    worst, difference = worst_weight(dict(sketches(model, found, factors)), findings["sketches"])
-    roundings = [list(one) for one in sorted(found)]
+    problems, collected, factors = [], set[tuple[str, int, int]](), dict[str, float]()
+    worst, difference = worst_weight(
+        dict(sketches(model, collected, factors)), findings["sketches"]
+    )
+    roundings = [list(rounding) for rounding in sorted(collected)]
     if difference > SAME_WEIGHTS:
         problems.append(f"worst site {worst}, relative difference about {difference:.2g}")
     if findings["roundings"] != roundings:

@@ -60,15 +60,15 @@ class MirroredBlocks(BlockCache):
     def entries(self) -> list[CachedBlocks]:
         """See BlockCache. The clocks of the machines that used blocks decide their order."""
         store, sizes = self.mirror.store, self._sizes()
-        found = []
+        entries = []
         for name in {path.split("/")[2] for path in sizes if path.endswith(f"/{MARK}")}:
             below = f"{BLOCKS}/{name}/"
             with suppress(FileNotFoundError):  # it goes away at this moment
                 mark = with_retries(self.mirror.url, partial(store.read, f"{below}{MARK}"))
                 used = int(mark) if mark.isdigit() else 0
                 taken = sum(size for path, size in sizes.items() if path.startswith(below))
-                found.append(CachedBlocks(name, taken, used))
-        return sorted(found, key=lambda kept: (kept.used, kept.name))
+                entries.append(CachedBlocks(name, taken, used))
+        return sorted(entries, key=lambda kept: (kept.used, kept.name))
 
     def _sizes(self) -> dict[str, int]:
         sizes: dict[str, int] = with_retries(
@@ -130,20 +130,20 @@ class MirroredBlocks(BlockCache):
                 shutil.rmtree(old, ignore_errors=True)
 
     def _copies(self) -> list[CachedBlocks]:
-        found = []
+        copies = []
         for folder in self.folder.glob("*/"):
             lease = lease_of(folder)
             if size := _size(folder):
                 used = lease.stat().st_mtime_ns if lease.exists() else 0
-                found.append(CachedBlocks(folder.name, size, used))
-        return sorted(found, key=lambda kept: (kept.used, kept.name))
+                copies.append(CachedBlocks(folder.name, size, used))
+        return sorted(copies, key=lambda kept: (kept.used, kept.name))
 
 
 def _size(folder: Path) -> int:
     """Return the bytes of a folder's files."""
     size = 0
     with suppress(FileNotFoundError):  # it goes away at this moment
-        for one in os.scandir(folder):
+        for entry in os.scandir(folder):
             with suppress(FileNotFoundError):
-                size += one.stat().st_size if one.is_file() else 0
+                size += entry.stat().st_size if entry.is_file() else 0
     return size
