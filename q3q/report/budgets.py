@@ -126,7 +126,7 @@ def budgets(
         others = [pool for size, pool in sized if size.value <= budget and pool is not best]
         same = [(pool, tests.same(best, pool, metric)) for pool in others]
         tied = tuple(pool for pool, tie in same if tie)
-        untested = tuple(pool for pool, found in same if found is None)
+        untested = tuple(pool for pool, tie in same if tie is None)
         size = next(size for size, pool in sized if pool is best)
         return Choice(budget, best, size, tests.change(best, metric), tied, untested)
 

@@ -186,8 +186,8 @@ def trial_table(
         measured += [name, f"{name}.low", f"{name}.high"] if bounded else [name]
     settings = differing_settings(records)
     schemes = [record.spec.scheme for record in records if record.spec.scheme is not None]
-    given = {key for scheme in schemes for key in scheme.to_json()}
-    newer = [key for key in SELDOM_OF_SCHEME if key in given]
+    keys = {key for scheme in schemes for key in scheme.to_json()}
+    newer = [key for key in SELDOM_OF_SCHEME if key in keys]
     columns = [
         *("trial", "label", "model", "method", "bits", "group_size", "symmetric", "act_bits"),
         *newer,

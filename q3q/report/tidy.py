@@ -88,7 +88,7 @@ def _scored(record: TrialRecord) -> list[dict[str, Any]]:
     path = record.trial.folder / SAMPLES
     params = params_of(record)
     try:
-        found = read_samples(path, digest=record.files[SAMPLES])
+        rows = read_samples(path, digest=record.files[SAMPLES])
     except IntegrityError as error:
         raise ReportError(str(error)) from error
     return [
@@ -100,7 +100,7 @@ def _scored(record: TrialRecord) -> list[dict[str, Any]]:
             "value": score,
             **params,
         }
-        for row in found
+        for row in rows
         for name, score in row["scores"].items()
     ]
 

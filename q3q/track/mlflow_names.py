@@ -23,11 +23,11 @@ def fitted_names(names: Iterable[str]) -> dict[str, str]:
 
     MLflow takes letters, digits and `_/.- `, and what is a path in its shortest form.
     """
-    wanted = list(dict.fromkeys(names))
+    originals = list(dict.fromkeys(names))
     # A name that fits keeps its own, whatever else would be called so.
-    taken = {name for name in wanted if _fitted(name) == name}
+    taken = {name for name in originals if _fitted(name) == name}
     fitted: dict[str, str] = {}
-    for name in wanted:
+    for name in originals:
         word = _fitted(name)
         if word != name and word in taken:
             word = f"{word[: MAX_NAME - 7]}_{_digest(name)}"

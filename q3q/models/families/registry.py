@@ -41,11 +41,11 @@ def find_family(model_type: Any) -> Family:
         return getattr(import_module(module), name)()
     if word in points:
         return _load(points[word])
-    known = (*OWN, *sorted(points))
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.7)
+    model_types = (*OWN, *sorted(points))
+    near = difflib.get_close_matches(word, model_types, n=1, cutoff=0.7)
     nearest = f"; the nearest name is {near[0]}" if near else ""
     raise CheckpointError(
-        f"model_type {word!r} is of no family that q3q runs: {', '.join(known)}{nearest}. "
+        f"model_type {word!r} is of no family that q3q runs: {', '.join(model_types)}{nearest}. "
         f"{GUIDE} says how to add one, in one file"
     )
 

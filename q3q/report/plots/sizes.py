@@ -220,6 +220,6 @@ def _ticks(sizes: Sequence[float]) -> dict[float, str]:
 
 def _parameters(records: Sequence[TrialRecord]) -> float | None:
     """Return millions of parameters, from the first record that knows its model's size."""
-    known = (size for record in records if (size := parameters_of(record)) is not None)
-    size = next(known, None)
+    sizes = (size for record in records if (size := parameters_of(record)) is not None)
+    size = next(sizes, None)
     return None if size is None else size / 1e6

@@ -64,7 +64,7 @@ class GpusAside:
     def has_failed_before(self, key: str, gpu: Gpu) -> bool:
         """Return True if the task has failed on another GPU than this one, or too often on it."""
         earlier = self._failed.get(key, [])
-        return any(one != gpu for one in earlier) or len(earlier) >= MOST_FAILURES
+        return any(other != gpu for other in earlier) or len(earlier) >= MOST_FAILURES
 
     def forget_ended(self) -> None:
         """Forget processes that ended before they were killed here, and so keep nothing.
