@@ -51,7 +51,7 @@ class _MadeElsewhereError(Exception):
 
 
 @dataclass(frozen=True)
-class Input:
+class Preparation:
     """One file of prepared input that a trial reads.
 
     identity: as far as the spec says it
@@ -165,23 +165,23 @@ def prepare(trial: Trial, folder: Path, identities: Iterable[Json]) -> None:
             by_identity[digest(identity)].make()
 
 
-def _inputs(trial: Trial, folder: Path, tokenizer: Any, shelf: Shelf) -> Iterator[Input]:
+def _inputs(trial: Trial, folder: Path, tokenizer: Any, shelf: Shelf) -> Iterator[Preparation]:
     """Yield all prepared input of a trial."""
     spec, placement, evaluation = trial.spec, trial.placement, trial.spec.evaluation
     for drawn_spec in drawing(spec):
         if drawn_spec.calibration is not None and not drawn_spec.calibration.writes:
-            yield Input(
+            yield Preparation(
                 calibration_identity(drawn_spec.calibration, drawn_spec.seed),
                 partial(calibration_windows, replace(trial, spec=drawn_spec), tokenizer, _pass_on),
             )
     for text in evaluation.texts:
-        yield Input(
+        yield Preparation(
             evaluation_identity(text, evaluation.quick),
             partial(evaluation_windows, tokenizer, trial, text, _pass_on),
         )
     for batch in batches(evaluation):
         library = Library(placement.data, dict(evaluation.data), include=placement.tasks)
-        yield Input(
+        yield Preparation(
             requests_identity(evaluation, batch, spec.seed),
             partial(
                 prepare_batch,

@@ -36,7 +36,14 @@ from q3q.storage import status as bulletin
 from q3q.storage.claim import Holder
 from q3q.storage.files import write_atomically
 from q3q.storage.mirror import Mirror
-from q3q.storage.status import StatusWriter, SweepStatus, View, Work, at_work, sweep_statuses
+from q3q.storage.status import (
+    RunningTrial,
+    StatusWriter,
+    SweepStatus,
+    View,
+    at_work,
+    sweep_statuses,
+)
 from q3q.sweep.progress import Display
 from q3q.trials import attach as attach_module
 from q3q.trials.__main__ import main
@@ -86,7 +93,7 @@ def sweep(storage, *specs, command="python launch.py -m method=rtn"):
 
 def view(*running, total=4, ended=1):
     works = tuple(
-        Work(
+        RunningTrial(
             trial=one.id,
             name=one.spec.name,
             doing="quantize, block 2 of 6",

@@ -45,7 +45,7 @@ PRINTED_IN = {
 
 
 @dataclass(frozen=True)
-class Cell:
+class PublishedNumber:
     """A printed number.
 
     value: nan where NaN is printed.
@@ -70,14 +70,14 @@ class PublishedSet:
 
     name: str
     printed_in: str
-    cells: tuple[Cell, ...]
+    cells: tuple[PublishedNumber, ...]
 
 
 @dataclass(frozen=True)
-class Beside:
+class ComparedNumber:
     """A printed number beside a trial's; ours is nan if it diverged."""
 
-    cell: Cell
+    cell: PublishedNumber
     record: TrialRecord
     ours: float
     verdict: str
@@ -88,7 +88,7 @@ class Against:
     """A comparison with a set of published numbers, for a report."""
 
     published: PublishedSet
-    compared: tuple[Beside, ...]
+    compared: tuple[ComparedNumber, ...]
 
     @property
     def title(self) -> str:
@@ -147,7 +147,7 @@ def published_set(name: str) -> PublishedSet:
     return PublishedSet(path.stem, str(path.name), read_cells(path))
 
 
-def read_cells(path: Path) -> tuple[Cell, ...]:
+def read_cells(path: Path) -> tuple[PublishedNumber, ...]:
     """Return the cells of a CSV file.
 
     Raises:
@@ -182,7 +182,7 @@ def compare(records: Sequence[TrialRecord], published: PublishedSet) -> Against:
             if _has_more_widths(record.spec) and _asks_for_one_width(number.asked):
                 continue
             ours = value if isinstance(value, float) else math.nan
-            compared.append(Beside(number, record, ours, _verdict(number, record, ours)))
+            compared.append(ComparedNumber(number, record, ours, _verdict(number, record, ours)))
     return Against(published, tuple(compared))
 
 
@@ -205,7 +205,7 @@ def _check_columns(path: Path, columns: Sequence[str]) -> None:
         )
 
 
-def _cell(path: Path, line: int, row: Mapping[str, str]) -> Cell:
+def _cell(path: Path, line: int, row: Mapping[str, str]) -> PublishedNumber:
     where = f"{path}, line {line}"
     texts = {name: (text or "").strip() for name, text in row.items() if name}
     if row.get(""):
@@ -220,7 +220,9 @@ def _cell(path: Path, line: int, row: Mapping[str, str]) -> Cell:
             raise ReportError(f"{where}: it names no {name}")
     asked = {name: text for name, text in texts.items() if text and name not in (*NEEDED, SOURCE)}
     half = 0.5 * 10.0 ** _last_digit(printed)
-    return Cell(texts["model"], texts["metric"], value, half, asked, texts.get(SOURCE, ""))
+    return PublishedNumber(
+        texts["model"], texts["metric"], value, half, asked, texts.get(SOURCE, "")
+    )
 
 
 def _last_digit(printed: str) -> int:
@@ -268,13 +270,13 @@ def _value(text: str) -> object:
     return (type(value) is bool, value)
 
 
-def _verdict(number: Cell, record: TrialRecord, ours: float) -> str:
+def _verdict(number: PublishedNumber, record: TrialRecord, ours: float) -> str:
     interval = record.intervals.get(number.metric)
     unit = 100 if is_share(number.metric) else 1
     return verdict(number.metric, ours, unit * number.value, interval, half=unit * number.half)
 
 
-def _difference(item: Beside) -> str:
+def _difference(item: ComparedNumber) -> str:
     ours, theirs = item.ours, item.cell.value
     if not math.isfinite(ours) or not math.isfinite(theirs):
         return "-"

@@ -29,7 +29,7 @@ QUESTION_BYTES = 1100  # of a question's requests; benchmarks/preparation.py, th
 
 
 @dataclass(frozen=True)
-class Input:
+class PreparedFile:
     """One file of prepared input.
 
     calibration: it holds windows that only a quantization reads: calibration's, or a budget's
@@ -42,21 +42,21 @@ class Input:
     questions: int = 0
 
 
-def inputs_of(spec: TrialSpec) -> Iterator[Input]:
+def inputs_of(spec: TrialSpec) -> Iterator[PreparedFile]:
     """Yield all prepared input that a trial reads."""
     evaluation = spec.evaluation
     for drawn_spec in drawing(spec):
         if (calibration := drawn_spec.calibration) is not None and not calibration.writes:
             identity = calibration_identity(calibration, drawn_spec.seed)
-            yield Input(identity, TOKEN_BYTES * calibration.tokens, calibration=True)
+            yield PreparedFile(identity, TOKEN_BYTES * calibration.tokens, calibration=True)
     for text in evaluation.texts:
         identity = evaluation_identity(text, evaluation.quick)
-        yield Input(identity, TOKEN_BYTES * text_windows(text) * text.window)
+        yield PreparedFile(identity, TOKEN_BYTES * text_windows(text) * text.window)
     for batch in batches(evaluation):
         tasks = [task for task in evaluation.tasks if task.name in batch.tasks]
         count = sum(questions_of(task, evaluation) for task in tasks)
         identity = requests_identity(evaluation, batch, spec.seed)
-        yield Input(identity, QUESTION_BYTES * count, questions=count)
+        yield PreparedFile(identity, QUESTION_BYTES * count, questions=count)
 
 
 @dataclass

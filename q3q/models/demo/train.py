@@ -264,7 +264,7 @@ def batches_of(stream: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor
 
 
 @dataclass
-class Run:
+class StageProgress:
     """How far a stage has come.
 
     recent: losses of the steps since the curve's last point
@@ -289,21 +289,23 @@ class StageCheckpoint:
     path: Path
     subject: str
 
-    def save(self, run: Run, model: torch.nn.Module, parts: list[torch.optim.Optimizer]) -> None:
+    def save(
+        self, run: StageProgress, model: torch.nn.Module, parts: list[torch.optim.Optimizer]
+    ) -> None:
         content = io.BytesIO()
         states = [part.state_dict() for part in parts]
         facts = {"subject": self.subject, "run": asdict(run)}
         torch.save({**facts, "model": model.state_dict(), "optimizers": states}, content)
         write_atomically(self.path, content.getvalue())
 
-    def load(self, model: torch.nn.Module, parts: list[torch.optim.Optimizer]) -> Run:
+    def load(self, model: torch.nn.Module, parts: list[torch.optim.Optimizer]) -> StageProgress:
         """Fill model and optimizers from the file, if there is one; return how far they had come.
 
         Raises:
             SystemExit: the file is of another training.
         """
         if not self.path.exists():
-            return Run()
+            return StageProgress()
         kept = torch.load(io.BytesIO(read_file(self.path)), weights_only=True)
         if kept["subject"] != self.subject:
             raise SystemExit(
@@ -313,7 +315,7 @@ class StageCheckpoint:
         model.load_state_dict(kept["model"])
         for part, state in zip(parts, kept["optimizers"], strict=True):
             part.load_state_dict(state)
-        return Run(**kept["run"])
+        return StageProgress(**kept["run"])
 
 
 def run_stage(
@@ -321,11 +323,11 @@ def run_stage(
     batches: Iterator[tuple[Tensor, Tensor]],
     stage: Stage,
     kept: StageCheckpoint | None = None,
-) -> Run:
+) -> StageProgress:
     """Train the model in place, from the checkpoint if there is one."""
     parts = optimizers(model)
     peak = [stage.rate * group["lr"] for part in parts for group in part.param_groups]
-    run = kept.load(model, parts) if kept else Run()
+    run = kept.load(model, parts) if kept else StageProgress()
     groups = [group for part in parts for group in part.param_groups]  # loading replaced them
     if run.step:
         print(f"going on after step {run.step}", flush=True)
