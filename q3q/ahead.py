@@ -84,8 +84,8 @@ def preparing(
 ) -> Iterator[None]:
     """Have another process prepare a trial's input while the block lasts, where that pays.
 
-    It pays on a GPU, if there is a core beside the trial's own, and input is missing that nobody
-    prepares. Where trials compute on cores, these are all taken.
+    It pays on a GPU, if a core is free beside the trial's own and some input is missing that no
+    process prepares. If trials compute on cores, no core is free.
 
     Args:
         folder: the model's.
@@ -153,7 +153,7 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
 
 
 def prepare(trial: Trial, folder: Path, identities: Iterable[Json]) -> None:
-    """Make what is wanted of a trial's prepared input, but for what another process makes now."""
+    """Make a trial's missing prepared input, except files that another process makes now."""
     tokenizer = load_tokenizer(folder)
     shelf = Shelf.of(trial, tokenizer)
     assert shelf is not None

@@ -19,9 +19,9 @@ from omegaconf.errors import OmegaConfBaseException
 class Composer:
     """Composes jobs: Hydra composes each combination of pages, and settings change a copy of that.
 
-    A job with an override of another kind (`+key`, `~key`, `group@package`, `hydra.`) is left to
-    Hydra, and so is one with an error, which Hydra then words. Equal to Hydra's own composition
-    (tested).
+    Hydra composes a job with an override of another kind (`+key`, `~key`, `group@package`,
+    `hydra.`), and a job with an error, so that the message is Hydra's. The results equal Hydra's
+    own composition (tested).
 
     Args:
         sweep: the sweep's own config, with the overrides of Hydra itself.

@@ -110,7 +110,7 @@ def _refuse(override: Override, shown: str | None = None) -> None:
 
 
 def _no_page(path: str, value: Any) -> str:
-    """Say what a key takes whose value is no page's name."""
+    """Return a line on what a key takes, for a value that is no page's name."""
     if path not in GROUPS and "/" not in path and not (CONF / path).is_dir():
         return not_a_setting(path)
     apart = f". To change single settings, use {path}.KEY=VALUE"

@@ -326,10 +326,10 @@ def _weight_problems(model: Decoder, findings: Json) -> list[str]:
 
 
 def relative(difference: float, norm: float, noise: float = 0.0) -> float:
-    """Return what a difference beyond the noise is of a norm.
+    """Return a difference, less the noise, divided by a norm.
 
-    Nothing relative to nothing is 0. Something relative to nothing is infinite, and so is what is
-    not a number: no comparison may take either for a match.
+    0 / 0 counts as 0. Any other division by 0 gives infinity, and so does NaN, so that no
+    comparison takes either for a match.
     """
     if math.isnan(difference) or math.isnan(norm):
         return math.inf

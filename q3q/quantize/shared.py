@@ -32,12 +32,12 @@ def blocks_of(
     wait: Callable[[Holder], object] = lambda holder: None,
     say: Callable[[str], object] = lambda line: None,
 ) -> Iterator[BlockStore]:
-    """Yield the trial's store of blocks; all that it was given are on the disk at the end.
+    """Yield the trial's store of blocks; at the end, all blocks that it received are on the disk.
 
-    If not all blocks are there already, nobody else makes them meanwhile.
+    If blocks are missing, no other process makes them before the end.
 
     Args:
-        wait: receives whoever makes them now, again and again; may raise to stop waiting.
+        wait: receives the process that makes them now, at every poll; may raise to stop waiting.
         say: receives a line if blocks are not used because the method's code changed.
 
     Raises:

@@ -53,7 +53,7 @@ class Family:
         return None if p_value is None else p_value >= LEVEL
 
     def table(self) -> Table:
-        """Return a row for each test that was made, the clearest first, but for what is certain."""
+        """Return a row for each test with a corrected p of at least CERTAIN, the clearest first."""
         tests = [
             (frozenset(names), *names, change_of_pair)
             for names, change_of_pair in self.changes.items()

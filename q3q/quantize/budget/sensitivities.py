@@ -145,7 +145,7 @@ def turn_at(
     """Yield the trial's sensitivities; incomplete ones with the claim on measuring the rest.
 
     Args:
-        wait: receives whoever measures them now, at every poll; may raise to stop waiting.
+        wait: receives the process that measures them now, at every poll; may raise to stop waiting.
     """
     identity = identity_of(trial.spec, units)
     sensitivities = Sensitivities(file_of(trial.placement.storage, identity), identity)
