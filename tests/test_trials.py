@@ -188,7 +188,7 @@ def test_the_list_is_a_line_a_trial_and_can_be_narrowed(storage, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 4
     assert lines[1].split()[:1] == [stopped.id]
-    assert lines[-1].startswith("1 completed, 1 stopped; ")
+    assert lines[-1].startswith("1 completed, 1 stopped. ")
     assert main(["--storage", str(storage), "list", "completed"]) == 0
     assert stopped.id not in capsys.readouterr().out
 

@@ -830,7 +830,7 @@ def test_half_a_download_without_network_is_refused_without_a_retry(hub, monkeyp
     folder = locate("owner/tiny", COMMIT)
     sorted(folder.glob("*.safetensors"))[2].unlink()
     hub.close()
-    waits = []
+    waits: list[float] = []
     monkeypatch.setattr(time, "sleep", waits.append)  # between the Hub client's retries
     with pytest.raises(CheckpointError, match=r"owner/tiny.*model=local model\.path=DIR"):
         locate("owner/tiny", COMMIT)
@@ -839,7 +839,7 @@ def test_half_a_download_without_network_is_refused_without_a_retry(hub, monkeyp
 
 def test_a_hub_without_an_answer_is_not_retried_and_the_error_says_how_to_go_on(hub, monkeypatch):
     hub.close()
-    waits = []
+    waits: list[float] = []
     monkeypatch.setattr(time, "sleep", waits.append)  # between the Hub client's retries
     for ask in (resolve_revision, locate, fetch_facts):
         with pytest.raises(
