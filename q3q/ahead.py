@@ -51,7 +51,7 @@ class _MadeElsewhereError(Exception):
 
 
 @dataclass(frozen=True)
-class Input:
+class Preparation:
     """One file of prepared input that a trial reads.
 
     identity: as far as the spec says it
@@ -69,7 +69,7 @@ def missing(spec: TrialSpec, shelf: Shelf, *, quantizes: bool = True) -> list[Js
         quantizes: the trial will quantize, and not find all its blocks.
     """
     kept = kept_identities(shelf.folder).values()
-    present = [one for one in kept if one.get("tokenizer") == shelf.tokenizer]
+    present = [identity for identity in kept if identity.get("tokenizer") == shelf.tokenizer]
     unread = [] if quantizes else drawn_identities(spec)
     return [
         identity
@@ -84,23 +84,23 @@ def preparing(
 ) -> Iterator[None]:
     """Have another process prepare a trial's input while the block lasts, where that pays.
 
-    It pays on a GPU, if there is a core beside the trial's own, and input is missing that nobody
-    prepares. Where trials compute on cores, these are all taken.
+    It pays on a GPU, if a core is free beside the trial's own and some input is missing that no
+    process prepares. If trials compute on cores, no core is free.
 
     Args:
         folder: the model's.
         shelf: the trial's, None if nothing of its tokenizer's can be kept.
         quantizes: see `missing`.
     """
-    wanted = missing(trial.spec, shelf, quantizes=quantizes) if shelf is not None else []
-    if shelf is None or not wanted or not pays(device):
+    identities = missing(trial.spec, shelf, quantizes=quantizes) if shelf is not None else []
+    if shelf is None or not identities or not pays(device):
         yield
         return
-    name = _claim_name(wanted)
+    name = _claim_name(identities)
     if holder_of(shelf.folder, name) is not None:
         yield
         return
-    order = {"trial": trial.to_json(), "folder": str(folder), "wanted": wanted, "claim": name}
+    order = {"trial": trial.to_json(), "folder": str(folder), "wanted": identities, "claim": name}
     process = _start(json.dumps(order))
     try:
         yield
@@ -114,8 +114,8 @@ def pays(device: Device) -> bool:
     return device == "cuda" and cores() > 1
 
 
-def _claim_name(wanted: Iterable[Json]) -> str:
-    return f"ahead-{digest({'wanted': list(wanted)})[:32]}"
+def _claim_name(identities: Iterable[Json]) -> str:
+    return f"ahead-{digest({'wanted': list(identities)})[:32]}"
 
 
 def _start(order: str) -> "subprocess.Popen[bytes] | None":
@@ -152,34 +152,36 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
         process.stdin.close()
 
 
-def prepare(trial: Trial, folder: Path, wanted: Iterable[Json]) -> None:
-    """Make what is wanted of a trial's prepared input, but for what another process makes now."""
+def prepare(trial: Trial, folder: Path, identities: Iterable[Json]) -> None:
+    """Make a trial's missing prepared input, except files that another process makes now."""
     tokenizer = load_tokenizer(folder)
     shelf = Shelf.of(trial, tokenizer)
     assert shelf is not None
-    by_identity = {digest(one.identity): one for one in _inputs(trial, folder, tokenizer, shelf)}
-    for identity in wanted:
+    by_identity = {
+        digest(source.identity): source for source in _inputs(trial, folder, tokenizer, shelf)
+    }
+    for identity in identities:
         with suppress(_MadeElsewhereError):
             by_identity[digest(identity)].make()
 
 
-def _inputs(trial: Trial, folder: Path, tokenizer: Any, shelf: Shelf) -> Iterator[Input]:
+def _inputs(trial: Trial, folder: Path, tokenizer: Any, shelf: Shelf) -> Iterator[Preparation]:
     """Yield all prepared input of a trial."""
     spec, placement, evaluation = trial.spec, trial.placement, trial.spec.evaluation
-    for one in drawing(spec):
-        if one.calibration is not None and not one.calibration.writes:
-            yield Input(
-                calibration_identity(one.calibration, one.seed),
-                partial(calibration_windows, replace(trial, spec=one), tokenizer, _pass_on),
+    for drawn_spec in drawing(spec):
+        if drawn_spec.calibration is not None and not drawn_spec.calibration.writes:
+            yield Preparation(
+                calibration_identity(drawn_spec.calibration, drawn_spec.seed),
+                partial(calibration_windows, replace(trial, spec=drawn_spec), tokenizer, _pass_on),
             )
     for text in evaluation.texts:
-        yield Input(
+        yield Preparation(
             evaluation_identity(text, evaluation.quick),
             partial(evaluation_windows, tokenizer, trial, text, _pass_on),
         )
     for batch in batches(evaluation):
         library = Library(placement.data, dict(evaluation.data), include=placement.tasks)
-        yield Input(
+        yield Preparation(
             requests_identity(evaluation, batch, spec.seed),
             partial(
                 prepare_batch,

@@ -114,7 +114,7 @@ def _mirrored(trial: Trial, mirror: Mirror | None, claim: Claim) -> Iterator[Non
     done = finished_record(trial) is not None
     if not done:
         mirror.pull(blocks, *([] if exported is None else [exported]))
-    with uploading(mirror, own, sure=claim.confirm) as uploader:
+    with uploading(mirror, own, check_claim=claim.confirm) as uploader:
         yield
         if exported is not None and is_finished(trial):  # proved
             uploader.add(exported)
@@ -132,32 +132,32 @@ def running_quantizations(besides: Trial) -> set[str] | None:
     mirror = mirror_for(besides.placement.store)
     if mirror is not None:
         return _running_in_store(mirror, besides.id)
-    found = set()
+    running = set()
     for folder in {path.parent for path in besides.placement.trials.glob(f"*/{CLAIM}.claim.*")}:
         try:
             if folder != besides.folder and seen_holder_of(folder, CLAIM) is not None:
-                found.add(load_trial(folder / "spec.json").spec.quantization_id)
+                running.add(load_trial(folder / "spec.json").spec.quantization_id)
         except UNREADABLE:
             return None
-    return found
+    return running
 
 
 def _running_in_store(mirror: Mirror, besides: str) -> set[str] | None:
     names = with_retries(mirror.url, lambda: mirror.store.find("trials"))
     claims = (re.fullmatch(rf"trials/([^/]+)/{CLAIM}\.claim\.\d+", name) for name in names)
-    found = set()
+    running = set()
     # One that has a record may run again: fresh=true, or its export is damaged.
     for trial in {claim[1] for claim in claims if claim} - {besides}:
         if seen_holder_of(mirror.claim_store(f"trials/{trial}"), CLAIM) is not None:
             spec = f"trials/{trial}/spec.json"
             try:
                 data = json.loads(with_retries(mirror.url, partial(mirror.store.read, spec)))
-                found.add(Trial.from_json(data).spec.quantization_id)
+                running.add(Trial.from_json(data).spec.quantization_id)
             except StoreError:
                 raise
             except UNREADABLE:
                 return None
-    return found
+    return running
 
 
 def finished_record(trial: Trial) -> TrialRecord | None:

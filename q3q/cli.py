@@ -55,14 +55,14 @@ def run_alone(config: DictConfig) -> object:
     study = HydraConfig.get().runtime.choices.get("study")
     if study and alone:
         raise ConfigError(f"study={study} is a sweep, give -m: {launch(overrides, sweep=True)}")
-    given = OverridesParser.create().parse_overrides(overrides)
-    refuse_contradictions(given)
+    typed = OverridesParser.create().parse_overrides(overrides)
+    refuse_contradictions(typed)
     trial, settings = _trial(config, overrides), StudySettings.of(config)
     if settings.plan_only:
         absent = to_download(needs_of(config), fetching(overrides, sweep=False))
         settings = replace(settings, absent=absent)
     _refuse_many(config, settings.request, overrides)
-    lines = without_effect(given, [trial.spec]) if alone else []
+    lines = without_effect(typed, [trial.spec]) if alone else []
     if config.evaluation.floor and alone:
         lines.append("evaluation.floor=true has no effect without -m: only sweeps add its trial")
     if not settings.fresh:
@@ -176,11 +176,11 @@ def _unknown_page(path: str, options: Sequence[str]) -> str:
     """Return a line about a page that conf/ does not have."""
     group, _, name = path.rpartition("/")
     options = [option for option in options if not option.startswith("_")]
-    unknown, known = f"{group}={name} is not known", f"Choose from: {', '.join(options)}"
+    unknown, choices = f"{group}={name} is not known", f"Choose from: {', '.join(options)}"
     if name.lower() in EVERY:
         every = launch([f"{group}=glob(*)"], sweep=True)
-        return f"{unknown}; for every {group}: {every}. {known}"
+        return f"{unknown}; for every {group}: {every}. {choices}"
     if group == "evaluation" and (name in TASKS or name in task_names([OWN_TASKS])):
         tasks = launch(["evaluation=tasks", f"evaluation.tasks=[{name}]"])
-        return f"{unknown}; {name} is a task: {tasks}. {known}"
-    return f"{unknown}{nearest(name, options)}{known}"
+        return f"{unknown}; {name} is a task: {tasks}. {choices}"
+    return f"{unknown}{nearest(name, options)}{choices}"

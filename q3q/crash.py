@@ -45,8 +45,8 @@ def forget_crash(folder: Path) -> None:
 def place_of(error: BaseException, own: Iterable[str] = ()) -> str:
     """Return the file and line where an error was raised, as `package/module.py:7`.
 
-    It is the last line of q3q's or the method's code: what Python's and other libraries did after
-    it says less than who called them. Only where nobody else did is theirs returned.
+    It is the last line of q3q's or the method's code, because the caller of a library says more
+    than the library's own line. If none of their code was running, it is the library's line.
     """
     own = {"q3q", *own}
     frames = list(_frames(error.__traceback__))

@@ -113,7 +113,7 @@ def control_groups(controller: str, proc: Path = PROC) -> list[Path]:
     for line in _text(proc / "self/cgroup").splitlines():
         _, names, group = line.split(":", 2)
         own |= dict.fromkeys(names.split(","), group)
-    found: list[Path] = []
+    folders: list[Path] = []
     mounts = _mounts(_text(proc / "self/mountinfo"))
     for kind, name in (("cgroup2", ""), ("cgroup", controller)):
         if name not in own:
@@ -131,8 +131,8 @@ def control_groups(controller: str, proc: Path = PROC) -> list[Path]:
         # then the best that is known, and in a container it usually is the container's own group.
         for root, point in below or fitting[:1]:
             steps = path.relative_to(root).parts if below else ()
-            found += [point.joinpath(*steps[:count]) for count in range(len(steps), -1, -1)]
-    return list(dict.fromkeys(found))
+            folders += [point.joinpath(*steps[:count]) for count in range(len(steps), -1, -1)]
+    return list(dict.fromkeys(folders))
 
 
 @dataclass(frozen=True)

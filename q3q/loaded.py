@@ -1,4 +1,4 @@
-"""A trial's model in memory, and what its quantized self is compared with."""
+"""A trial's model in memory, and the model or baseline that it is compared with."""
 
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass

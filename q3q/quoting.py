@@ -46,8 +46,8 @@ def _text(text: str) -> str:
         return text
     # `${` would begin an interpolation, also in quotes. Hydra halves the backslashes before a
     # quote, OmegaConf those before `${`, and neither touches any others.
-    text = re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + r"\${", text)
-    text = re.sub(r'(\\*)("|\Z)', lambda found: found[1] * 2 + ('\\"' if found[2] else ""), text)
+    text = re.sub(r"(\\*)\$\{", lambda match: match[1] * 2 + r"\${", text)
+    text = re.sub(r'(\\*)("|\Z)', lambda match: match[1] * 2 + ('\\"' if match[2] else ""), text)
     return f'"{text}"'
 
 

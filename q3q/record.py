@@ -322,8 +322,8 @@ class Sweep:
     @property
     def context(self) -> int | None:
         """The tokens for which the sweep's report counts caches, as the user asked."""
-        given = (trial.placement.context for trial in self.trials)
-        return next((context for context in given if context is not None), None)
+        contexts = (trial.placement.context for trial in self.trials)
+        return next((context for context in contexts if context is not None), None)
 
     @property
     def file_name(self) -> str:
@@ -351,7 +351,7 @@ class Sweep:
         Earlier versions put a sweep called `a/b` into a folder `a` of its own.
         """
         data, folders = unsealed(read_file(path)), path.absolute().parents
-        storage = next((one.parent for one in folders if one.name == "sweeps"), folders[1])
+        storage = next((folder.parent for folder in folders if folder.name == "sweeps"), folders[1])
         trials = tuple(Trial.from_json(trial).moved(storage) for trial in data["trials"])
         return cls(**{**data, "trials": trials})
 

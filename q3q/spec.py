@@ -186,9 +186,9 @@ class TrialSpec:
         if self.reference is not None:
             facts["reference"] = self.reference.identity
         if self.scheme is not None:
-            given = self.overrides if self.budget is None else without_bits(self.overrides)
+            overrides = self.overrides if self.budget is None else without_bits(self.overrides)
             facts.pop("overrides", None)
-            if changes := _some_of(given, lambda key: key not in ACTIVATION_KEYS):
+            if changes := _some_of(overrides, lambda key: key not in ACTIVATION_KEYS):
                 facts["overrides"] = changes
             for later in ACTIVATION_KEYS:
                 facts["scheme"].pop(later, None)
@@ -322,10 +322,10 @@ def without_bits(overrides: Mapping[str, Json]) -> dict[str, Json]:
     return _some_of(overrides, lambda key: key != "bits")
 
 
-def _some_of(overrides: Mapping[str, Json], wanted: Callable[[str], bool]) -> dict[str, Json]:
+def _some_of(overrides: Mapping[str, Json], keeps: Callable[[str], bool]) -> dict[str, Json]:
     """Return some keys of overrides, and only the linears that have any of them."""
     parts = {
-        name: {key: value for key, value in own.items() if wanted(key)}
+        name: {key: value for key, value in own.items() if keeps(key)}
         for name, own in overrides.items()
     }
     return {name: part for name, part in parts.items() if part}

@@ -93,8 +93,8 @@ def run_trial(trial: Trial, report: Report = lambda event: None, team: Team = SO
         if made.exporter is not None:
             reporter.phase("export")(0, 1)
             with phases.phase("export"):
-                known = unquantized_metrics(trial, reference)
-                exported = finish_export(made.exporter, model, trial, scores, checks, known)
+                unquantized = unquantized_metrics(trial, reference)
+                exported = finish_export(made.exporter, model, trial, scores, checks, unquantized)
     reporter.phase("record")(0, 1)
     facts, failed = loaded.checkpoint.facts, [check for check in checks if not check.passed]
     record = TrialRecord(

@@ -49,6 +49,9 @@ DOORS = {
         "q3q.export.reload",
     },
     "fsspec": {"q3q.storage.stores"},
+    "huggingface_hub": {"q3q.models", "q3q.data"},
+    "psutil": {"q3q.environment", "q3q.storage.claim", "q3q.sweep.ray"},
+    "rich": {"q3q.sweep.screen"},
 }
 # torch brings triton where there is CUDA; gptqmodel loads an export where a user has installed it.
 OPTIONAL = {"triton", "gptqmodel"}
@@ -126,6 +129,34 @@ def test_third_party_libraries_enter_by_their_door():
         if (doors := DOORS.get(imported.partition(".")[0]))
         and not any(name == door or name.startswith(door + ".") for door in doors)
     ] == []
+
+
+def written_rooms(cell):
+    """Yield the modules that a cell of the written table of floors names."""
+    for written in re.findall(r"`([^`]+)`", cell):
+        parent, _, inner = written.removesuffix("}").partition("{")
+        for name in inner.split(",") if inner else [""]:
+            room = (parent + name).removesuffix(".py").rstrip("/").replace("/", ".")
+            if room.startswith("python -m "):
+                yield room.removeprefix("python -m ") + ".__main__"
+            else:
+                yield room if room in {"launch", "hydra_plugins"} else "q3q." + room
+
+
+def test_the_written_table_of_floors_is_the_tested_one():
+    page = (ROOT / "docs/ARCHITECTURE.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d) \| (.*) \| ?(.*) ?\|$", page, re.M)
+    assert {int(floor): set(written_rooms(cell)) for floor, cell, _ in rows} == {
+        floor: set(rooms.split()) for floor, rooms in enumerate(FLOORS)
+    }
+    assert {int(floor): DOORS.keys() & re.findall(r"\w+", cell) for floor, _, cell in rows} == {
+        floor: {
+            library
+            for library, doors in DOORS.items()
+            if floor in {FLOOR_OF[room_of(door)] for door in doors}
+        }
+        for floor in range(len(FLOORS))
+    }
 
 
 def test_what_is_imported_is_declared():

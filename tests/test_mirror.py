@@ -192,23 +192,23 @@ def test_a_courier_brings_what_changes_and_stops_when_it_may_no_more(node):
     a = node("a")
     may = True
 
-    def sure():
+    def check_claim():
         if not may:
             raise ClaimLostError("lost")
 
-    with uploading(a, "trials", every=0.05, sure=sure):
+    with uploading(a, "trials", every=0.05, check_claim=check_claim):
         write(a, one="1")
         deadline = time.monotonic() + 20
         while not in_store(a):
             assert time.monotonic() < deadline
             time.sleep(0.02)
     write(a, two="2")
-    with uploading(a, "trials", every=60, sure=sure):
+    with uploading(a, "trials", every=60, check_claim=check_claim):
         pass  # at the end all is sent
     assert in_store(a) == ["trials/x/one", "trials/x/two"]
     may = False
     write(a, three="3")
-    with pytest.raises(ClaimLostError), uploading(a, "trials", every=0.05, sure=sure):
+    with pytest.raises(ClaimLostError), uploading(a, "trials", every=0.05, check_claim=check_claim):
         time.sleep(0.2)
     assert in_store(a) == ["trials/x/one", "trials/x/two"]
 

@@ -36,7 +36,14 @@ from q3q.storage import status as bulletin
 from q3q.storage.claim import Holder
 from q3q.storage.files import write_atomically
 from q3q.storage.mirror import Mirror
-from q3q.storage.status import StatusWriter, SweepStatus, View, Work, at_work, sweep_statuses
+from q3q.storage.status import (
+    RunningTrial,
+    StatusWriter,
+    SweepStatus,
+    View,
+    at_work,
+    sweep_statuses,
+)
 from q3q.sweep.progress import Display
 from q3q.trials import attach as attach_module
 from q3q.trials.__main__ import main
@@ -86,7 +93,7 @@ def sweep(storage, *specs, command="python launch.py -m method=rtn"):
 
 def view(*running, total=4, ended=1):
     works = tuple(
-        Work(
+        RunningTrial(
             trial=one.id,
             name=one.spec.name,
             doing="quantize, block 2 of 6",
@@ -183,7 +190,7 @@ def test_the_list_is_a_line_a_trial_and_can_be_narrowed(storage, capsys):
     assert len(lines) == 4
     assert kept.startswith("blocks of 1 quantization kept for later evaluations (keep=auto): ")
     assert lines[1].split()[:1] == [stopped.id]
-    assert lines[-1].startswith("1 completed, 1 stopped; ")
+    assert lines[-1].startswith("1 completed, 1 stopped. ")
     assert main(["--storage", str(storage), "list", "completed"]) == 0
     assert stopped.id not in capsys.readouterr().out
 

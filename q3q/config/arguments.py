@@ -163,10 +163,10 @@ def _refuse_many(words: Sequence[str], line: Line) -> None:
                 f"{word}: this shows a single job, so {key.lstrip('+')} can have only one value"
             )
         sweep = quoting.launch(line.words, sweep=True)
-        typed = next((one for one in line.words if one.startswith(f"{key}=")), word)
+        typed = next((argument for argument in line.words if argument.startswith(f"{key}=")), word)
 
         def instead(setting: str, word: str = word) -> str:
-            return quoting.launch([setting if one == word else one for one in words])
+            return quoting.launch([setting if argument == word else argument for argument in words])
 
         if takes_list(override.key_or_group) and "[" not in typed:
             values = typed.partition("=")[2]
@@ -185,17 +185,19 @@ def _own_knob(word: str, words: Sequence[str]) -> str:
         ConfigError: the trial is of another method.
     """
     key, _, value = word.partition("=")
-    found = KNOB.fullmatch(key)
-    if found is None or found["method"] not in methods():
+    knob = KNOB.fullmatch(key)
+    if knob is None or knob["method"] not in methods():
         return word
-    given = (one.partition("=")[2] for one in words if one.startswith("method="))
-    chosen = next(given, default_page("method"))
-    if chosen != found["method"]:
+    methods_typed = (
+        argument.partition("=")[2] for argument in words if argument.startswith("method=")
+    )
+    chosen = next(methods_typed, default_page("method"))
+    if chosen != knob["method"]:
         raise ConfigError(
-            f"{word} is a setting of {found['method']}, but this trial uses method={chosen}: leave "
-            f"it out, or use method={found['method']}"
+            f"{word} is a setting of {knob['method']}, but this trial uses method={chosen}: leave "
+            f"it out, or use method={knob['method']}"
         )
-    return f"method.{found['knob']}={value}"
+    return f"method.{knob['knob']}={value}"
 
 
 def _knobs_of_methods(words: Sequence[str]) -> list[str]:
@@ -207,20 +209,20 @@ def _knobs_of_methods(words: Sequence[str]) -> list[str]:
     Raises:
         ConfigError: a method of the sweep does not have the setting.
     """
-    given = next((word for word in words if re.match(r"\+*method=", word)), "")
-    chosen = _parsed(given) if given else None
+    selection = next((word for word in words if re.match(r"\+*method=", word)), "")
+    chosen = _parsed(selection) if selection else None
     swept = _methods_of(chosen)
     varies = len(swept) != 1 if chosen else any(word.startswith("+study=") for word in words)
     marked = []
     for word in words:
         key, _, value = word.partition("=")
-        found, override = KNOB.fullmatch(key), _parsed(word)
-        if found is None or override is None or override.is_delete():
+        knob, override = KNOB.fullmatch(key), _parsed(word)
+        if knob is None or override is None or override.is_delete():
             marked.append(word)
             continue
-        of_one, of_all = found["method"] in methods(), found["method"] is None
+        of_one, of_all = knob["method"] in methods(), knob["method"] is None
         if of_all and len(swept) > 1 and methods().keys() >= set(swept):
-            _refuse_foreign(word, found["knob"], swept)
+            _refuse_foreign(word, knob["knob"], swept)
         later = (of_one or (of_all and varies)) and not override.is_sweep_override()
         marked.append(f"{key}=choice({value})" if later else word)
     return marked

@@ -72,16 +72,16 @@ def resolve_budget(
         ConfigError: a setting is wrong; IncompatibleError where it does not go with another.
     """
     part, width = config.budget, width_of(config)
-    given: dict[str, Any] = {key: part[key] for key in LIMITS if part[key] is not None}
+    limits: dict[str, Any] = {key: part[key] for key in LIMITS if part[key] is not None}
     if _is_average(config.bits):
-        if "bits" in given:
+        if "bits" in limits:
             raise ConfigError(
                 f"bits={config.bits:g} and budget.bits={part.bits:g} say the same: give one of them"
             )
-        given["bits"] = config.bits
-    if not settings.quantizes or not given:
+        limits["bits"] = config.bits
+    if not settings.quantizes or not limits:
         return None
-    shown = " ".join(f"budget.{key}={value}" for key, value in given.items())
+    shown = " ".join(f"budget.{key}={value}" for key, value in limits.items())
     if width is not None:
         raise ConfigError(
             f"bits={width} gives all linears one width, and {shown} allots widths: drop one of them"
@@ -92,20 +92,20 @@ def resolve_budget(
     for key in ("samples", "length"):
         if part[key] < 1:
             raise ConfigError(f"budget.{key}={part[key]}: give 1 or more")
-    if "bytes" in given:
-        given["bytes"] = bytes_of(given["bytes"], "budget.bytes")
+    if "bytes" in limits:
+        limits["bytes"] = bytes_of(limits["bytes"], "budget.bytes")
     for key in ("bits", "uniform"):
-        if key in given and not 0 < given[key] < math.inf:
-            raise ConfigError(f"budget.{key}={given[key]}: give a positive number of bits")
+        if key in limits and not 0 < limits[key] < math.inf:
+            raise ConfigError(f"budget.{key}={limits[key]}: give a positive number of bits")
     calibration = config.calibration
     text = opened(config, calibration.source, "calibration", calibration.path)
     check_long_enough(text, folder, part.samples, part.length, DRAW, WINDOWS)
-    context = resolve_context(config) if "bytes" in given else None
+    context = resolve_context(config) if "bytes" in limits else None
     if context is not None:
         counted = cache_shape(facts).bytes_at(cache_scheme(facts, kv), context)
-        given |= {"context": context, "cache": math.ceil(counted)}
+        limits |= {"context": context, "cache": math.ceil(counted)}
     return BitBudget(
-        **given,
+        **limits,
         unit=part.unit,
         widths=_widths(part.widths, settings),
         measure=part.measure,
@@ -166,9 +166,9 @@ def _refuse_incompatible(config: DictConfig, settings: MethodSettings, shown: st
         )
 
 
-def _widths(given: Sequence[int], settings: MethodSettings) -> tuple[int, ...]:
-    widths = tuple(sorted(set(given)))
-    shown = f"budget.widths=[{','.join(map(str, given))}]"
+def _widths(typed: Sequence[int], settings: MethodSettings) -> tuple[int, ...]:
+    widths = tuple(sorted(set(typed)))
+    shown = f"budget.widths=[{','.join(map(str, typed))}]"
     if len(widths) < 2:
         raise ConfigError(f"{shown}: give two or more widths to choose from")
     if wrong := [width for width in widths if width not in settings.bits]:

@@ -92,9 +92,9 @@ def resolve_calibration(
         part = windows.part
         own = replace(whole, digest=part.digest, temperature=part.temperature, prompts=part.prompts)
         return Resolved(own, file=windows.file)
-    found = _mixed(source, samples)
-    parts = tuple(windows.part for windows in found)
-    files = {windows.part.digest: windows.file for windows in found if windows.file is not None}
+    mix = _mixed(source, samples)
+    parts = tuple(windows.part for windows in mix)
+    files = {windows.part.digest: windows.file for windows in mix if windows.file is not None}
     content = digest({"parts": [part.to_json() for part in parts]})
     return Resolved(replace(whole, digest=content, parts=parts), files=files or None)
 
@@ -155,7 +155,7 @@ def _mixed(source: "_Source", samples: int) -> list[_Windows]:
             "calibration.draw=documents does not draw an exact number of windows, which a mix "
             "needs from each source: give calibration.draw=random or first"
         )
-    found: dict[str, _Windows] = {}
+    by_digest: dict[str, _Windows] = {}
     for name, count in counts(weights, samples).items():
         kind, path = (name, None) if name in BY_NAME else _of_file(name)
         try:
@@ -163,10 +163,12 @@ def _mixed(source: "_Source", samples: int) -> list[_Windows]:
         except CalibrationError as error:
             problem = f"calibration.mix: {name} ({count} of {samples} windows): {error}"
             raise type(error)(problem) from error
-        if windows.part.digest in found and windows.part.digest != ABSENT.digest:
+        if windows.part.digest in by_digest and windows.part.digest != ABSENT.digest:
             raise ConfigError(f"calibration.mix: {name} is the text of another source of this mix")
-        found[windows.part.digest if windows.part.digest != ABSENT.digest else name] = windows
-    return sorted(found.values(), key=lambda one: (one.part.source, one.part.digest))
+        by_digest[windows.part.digest if windows.part.digest != ABSENT.digest else name] = windows
+    return sorted(
+        by_digest.values(), key=lambda windows: (windows.part.source, windows.part.digest)
+    )
 
 
 def _of_file(name: str) -> tuple[str, str | None]:
@@ -249,13 +251,13 @@ def _refuse_unread(calibration: DictConfig) -> None:
     source = calibration.source
     check_path_is_read(calibration.path, "calibration", [source])
     writes = source == TRACES or (source == MIX and TRACES in calibration.mix)
-    given = {
+    readers = {
         "mix": (bool(calibration.mix), source == MIX, MIX),
         "prompts": (calibration.prompts is not None, writes, TRACES),
         "temperature": (calibration.temperature is not None, writes or source == MIX, TRACES),
         "draw": (source == TRACES and calibration.draw is not None, False, "TEXT"),
     }
-    for key, (is_given, is_read, reader) in given.items():
+    for key, (is_given, is_read, reader) in readers.items():
         if is_given and not is_read:
             raise ConfigError(
                 f"calibration.{key} is not read by calibration={source}: it is for "

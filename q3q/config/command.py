@@ -153,7 +153,7 @@ def _calibration(trial: Trial) -> list[str]:
     if calibration.parts:
         weights = {_source_of_part(part, placement): part.samples for part in calibration.parts}
         words.append(override("calibration.mix", weights))
-    for traces in (one for one in calibration.every_part if one.source == TRACES):
+    for traces in (part for part in calibration.every_part if part.source == TRACES):
         if traces.prompts is not None:
             file = placement.calibration_file(traces.digest) or "FILE"
             words.append(override("calibration.prompts", f"{traces.prompts}:{file}"))

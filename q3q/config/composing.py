@@ -19,9 +19,9 @@ from omegaconf.errors import OmegaConfBaseException
 class Composer:
     """Composes jobs: Hydra composes each combination of pages, and settings change a copy of that.
 
-    A job with an override of another kind (`+key`, `~key`, `group@package`, `hydra.`) is left to
-    Hydra, and so is one with an error, which Hydra then words. Equal to Hydra's own composition
-    (tested).
+    Hydra composes a job with an override of another kind (`+key`, `~key`, `group@package`,
+    `hydra.`), and a job with an error, so that the message is Hydra's. The results equal Hydra's
+    own composition (tested).
 
     Args:
         sweep: the sweep's own config, with the overrides of Hydra itself.
@@ -44,24 +44,26 @@ class Composer:
         except HydraException:
             return self._as_hydra_does(words)
         pages = tuple(
-            word for word, one in zip(words, overrides, strict=True) if self._is_page(one)
+            word for word, override in zip(words, overrides, strict=True) if self._is_page(override)
         )
-        settings = [one for one in overrides if not self._is_page(one)]
+        settings = [override for override in overrides if not self._is_page(override)]
         if not all(map(self._is_setting, settings)):
             return self._as_hydra_does(words)
         config = copy.deepcopy(self._of_pages(pages))
         try:
-            for one in settings:
-                OmegaConf.update(config, one.key_or_group, one.value(), merge=True)
+            for override in settings:
+                OmegaConf.update(config, override.key_or_group, override.value(), merge=True)
         except OmegaConfBaseException:
             return self._as_hydra_does(words)
         # Where Hydra keeps the words themselves; those of Hydra's own overrides are there already.
-        own = [str(one.input_line) for one in overrides if not one.is_hydra_override()]
+        own = [
+            str(override.input_line) for override in overrides if not override.is_hydra_override()
+        ]
         names = config.hydra.job.config.override_dirname
         shown = sorted(
-            str(one.input_line)
-            for one in overrides
-            if not one.is_hydra_override() and one.key_or_group not in names.exclude_keys
+            str(override.input_line)
+            for override in overrides
+            if not override.is_hydra_override() and override.key_or_group not in names.exclude_keys
         )
         with open_dict(config.hydra):
             config.hydra.overrides.task = own

@@ -66,16 +66,16 @@ def resolve_evaluation(config: DictConfig, facts: ModelFacts, folder: Path | Non
             f"evaluation.window={settings.window}: this model takes at most {facts.max_positions} "
             "tokens"
         )
-    wanted = evaluated_texts(settings)
+    asked = evaluated_texts(settings)
     check_path_is_read(
-        settings.path, "evaluation", [text.source for text in wanted if text.name is None]
+        settings.path, "evaluation", [text.source for text in asked if text.name is None]
     )
     if settings.quick and settings.limit is None:
         raise ConfigError(
             "evaluation.quick=true draws evaluation.limit windows and questions: give "
             "evaluation.limit"
         )
-    texts = tuple(_text_ref(config, text, folder) for text in wanted)
+    texts = tuple(_text_ref(config, text, folder) for text in asked)
     names = [text.name for text in texts]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ConfigError(
@@ -91,14 +91,14 @@ def resolve_evaluation(config: DictConfig, facts: ModelFacts, folder: Path | Non
     )
 
 
-def _text_ref(config: DictConfig, wanted: EvaluatedText, folder: Path | None) -> TextRef:
-    settings, source = config.evaluation, wanted.source
-    text = opened(config, source, "evaluation", wanted.path or settings.path)
+def _text_ref(config: DictConfig, asked: EvaluatedText, folder: Path | None) -> TextRef:
+    settings, source = config.evaluation, asked.source
+    text = opened(config, source, "evaluation", asked.path or settings.path)
     samples = RANDOM_TEXTS.get(source)
     draw = "random" if samples else "first"
     check_long_enough(text, folder, 1, settings.window, draw, EVALUATION)
     return TextRef(
-        name=wanted.name or name_of_text(source, text),
+        name=asked.name or name_of_text(source, text),
         source=source,
         digest=text.digest,
         window=settings.window,

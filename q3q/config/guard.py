@@ -73,14 +73,14 @@ def abbreviates(flag: str, option: str) -> bool:
     return flag.startswith(option)
 
 
-def _refuse(override: Override, given: str | None = None) -> None:
+def _refuse(override: Override, shown: str | None = None) -> None:
     """Refuse an override that could run code.
 
     Args:
         given: the words to name in the message, if the override is part of another.
     """
-    given = given or str(override.input_line)
-    refusal = f"{given} is not accepted"
+    shown = shown or str(override.input_line)
+    refusal = f"{shown} is not accepted"
     path, at, package = override.get_key_element().lstrip("+~").partition("@")
     parts, value = path.replace("/", ".").split("."), override.value()
     if any(part.startswith("_") for part in parts) or any(_underscored(value)):
@@ -106,11 +106,11 @@ def _refuse(override: Override, given: str | None = None) -> None:
     if swept := SWEPT.fullmatch(path):
         for choice in choices:
             text = choice.text if isinstance(choice, QuotedString) else choice
-            _refuse(OverridesParser.create().parse_override(f"{swept[1]}={text}"), given)
+            _refuse(OverridesParser.create().parse_override(f"{swept[1]}={text}"), shown)
 
 
 def _no_page(path: str, value: Any) -> str:
-    """Say what a key takes whose value is no page's name."""
+    """Return a line on what a key takes, for a value that is no page's name."""
     if path not in GROUPS and "/" not in path and not (CONF / path).is_dir():
         return not_a_setting(path)
     apart = f". To change single settings, use {path}.KEY=VALUE"

@@ -82,25 +82,25 @@ def commented(settings: str) -> str:
     above = package[1].split(".") if package else []
     config = OmegaConf.create(settings)
     chosen = OmegaConf.select(config, "name" if above == ["method"] else "method.name")
-    known = meanings(None if chosen is None else str(chosen))
+    meaning_of = meanings(None if chosen is None else str(chosen))
     lines = []
     for keys, line in _lines(settings):
-        meaning = known.get(".".join([*above, *keys])) if keys else None
+        meaning = meaning_of.get(".".join([*above, *keys])) if keys else None
         lines.append(_beside(line, meaning, "# ") if meaning else line)
     return "\n".join(lines) + "\n"
 
 
 def meanings(method: str | None) -> dict[str, str]:
     """Return what each setting means, by its full name, with a method's own settings."""
-    found = comments_in(CONF / "config.yaml")
+    meaning_of = comments_in(CONF / "config.yaml")
     for group, kind in GROUPS.items():
-        found |= {f"{group}.{key}": text for key, text in entries_of(kind).items()}
+        meaning_of |= {f"{group}.{key}": text for key, text in entries_of(kind).items()}
     if method is not None:
         page = CONF / "method" / f"{method}.yaml"
         own = comments_in(page) if page.is_file() else entries_of(methods()[method])
-        found |= {f"method.{key}": text for key, text in own.items()}
-        found["method.name"] = "chosen by method="
-    return found
+        meaning_of |= {f"method.{key}": text for key, text in own.items()}
+        meaning_of["method.name"] = "chosen by method="
+    return meaning_of
 
 
 def comments_in(page: Path) -> dict[str, str]:
@@ -108,7 +108,7 @@ def comments_in(page: Path) -> dict[str, str]:
 
     A blank line ends a comment that belongs to no key.
     """
-    found: dict[str, str] = {}
+    comments: dict[str, str] = {}
     above: list[str] = []
     for keys, line in _lines(page.read_text(encoding="utf-8")):
         if not keys:
@@ -117,36 +117,36 @@ def comments_in(page: Path) -> dict[str, str]:
         _, mark, beside = line.partition(" #")
         words = " ".join([*above, beside.strip()] if mark else above)
         if words:
-            found[".".join(keys)] = words
+            comments[".".join(keys)] = words
         above = []
-    return found
+    return comments
 
 
 def entries_of(kind: type) -> dict[str, str]:
     """Return the lines `key, key: meaning` of a docstring, by key."""
-    found: dict[str, str] = {}
+    entries: dict[str, str] = {}
     names: list[str] = []
     for line in (inspect.getdoc(kind) or "").splitlines():
         entry = re.match(r"(\w+(?:, \w+)*): (.+)", line)
         if entry:
             names = entry[1].split(", ")
-            found |= dict.fromkeys(names, entry[2])
+            entries |= dict.fromkeys(names, entry[2])
         elif line.startswith(" ") and names:
-            found |= {name: f"{found[name]} {line.strip()}" for name in names}
+            entries |= {name: f"{entries[name]} {line.strip()}" for name in names}
         else:
             names = []
-    return found
+    return entries
 
 
 def _lines(text: str) -> Iterator[tuple[list[str], str]]:
     """Yield each line of a YAML text, with the keys that lead to it; none for other lines."""
     keys: list[str] = []
     for line in text.splitlines():
-        found = re.match(r"((?:  )*)([A-Za-z_]\w*):(?: |$)", line)
-        if found is None:
+        match = re.match(r"((?:  )*)([A-Za-z_]\w*):(?: |$)", line)
+        if match is None:
             yield [], line
             continue
-        keys = [*keys[: len(found[1]) // 2], found[2]]
+        keys = [*keys[: len(match[1]) // 2], match[2]]
         yield keys, line
 
 

@@ -106,13 +106,13 @@ def original_job(overrides: Sequence[str]) -> list[str]:
 
 
 def _others(overrides: Sequence[str]) -> list[str]:
-    keys = (one.lstrip("+~").partition("=")[0].partition(".")[0] for one in overrides)
-    return [one for one, key in zip(overrides, keys, strict=True) if key != "model"]
+    keys = (override.lstrip("+~").partition("=")[0].partition(".")[0] for override in overrides)
+    return [override for override, key in zip(overrides, keys, strict=True) if key != "model"]
 
 
 def _value(overrides: Sequence[str], key: str) -> str:
-    given = (one.partition("=") for one in overrides)
-    return next(value.strip("'\"") for name, _, value in given if name.lstrip("+") == key)
+    pairs = (override.partition("=") for override in overrides)
+    return next(value.strip("'\"") for name, _, value in pairs if name.lstrip("+") == key)
 
 
 def _words(place: str) -> list[str]:
@@ -131,8 +131,8 @@ def _at(config: DictConfig, place: str) -> DictConfig:
     changed = config.copy()
     own: dict[str, str | None] = dict.fromkeys(("name", "source", "path", "revision", "dtype"))
     if (page := _page(place)) is not None:
-        found = OmegaConf.load(CONF / "model" / f"{page}.yaml")
-        own |= {key: OmegaConf.select(found, key) for key in own}
+        page_settings = OmegaConf.load(CONF / "model" / f"{page}.yaml")
+        own |= {key: OmegaConf.select(page_settings, key) for key in own}
     elif _is_local(place):
         own["path"] = place
     else:

@@ -39,11 +39,11 @@ def owners(knob: str) -> list[str]:
 @functools.cache
 def types() -> dict[str, Any]:
     """Return the type of every setting that is no method's, by key."""
-    found = {key: hint for key, hint in get_type_hints(Config).items() if key not in GROUPS}
+    hints = {key: hint for key, hint in get_type_hints(Config).items() if key not in GROUPS}
     for group, kind in GROUPS.items():
-        found |= {f"{group}.{key}": hint for key, hint in get_type_hints(kind).items()}
-    del found["method"]
-    return found
+        hints |= {f"{group}.{key}": hint for key, hint in get_type_hints(kind).items()}
+    del hints["method"]
+    return hints
 
 
 def type_of(key: str) -> Any:
@@ -56,7 +56,7 @@ def type_of(key: str) -> Any:
 
 def takes_list(key: str) -> bool:
     kind = type_of(key)
-    return any(get_origin(one) is list for one in (kind, *get_args(kind)))
+    return any(get_origin(part) is list for part in (kind, *get_args(kind)))
 
 
 def takes_text(key: str) -> bool:

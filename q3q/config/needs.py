@@ -61,9 +61,9 @@ def needs_of(config: DictConfig) -> list[AnyNeed]:
     needs: list[AnyNeed] = []
     both = (as_candidate(config), as_reference(config)) if is_judged(config) else (config,)
     needs += [
-        ModelNeed(one.model.source, one.model.revision)
-        for one in both
-        if one.model.path is None and one.model.source is not None
+        ModelNeed(trial_config.model.source, trial_config.model.revision)
+        for trial_config in both
+        if trial_config.model.path is None and trial_config.model.source is not None
     ]
     settings: MethodSettings = OmegaConf.to_object(config.method)  # type: ignore[assignment]
     if settings.quantizes and (
@@ -71,7 +71,11 @@ def needs_of(config: DictConfig) -> list[AnyNeed]:
     ):
         mixed = config.calibration.source == MIX
         sources = config.calibration.mix if mixed else [config.calibration.source]
-        needs += [TextNeed(str(one), "calibration", folder) for one in sources if is_from_hub(one)]
+        needs += [
+            TextNeed(str(source), "calibration", folder)
+            for source in sources
+            if is_from_hub(source)
+        ]
     needs += [
         TextNeed(text.source, "evaluation", folder)
         for text in evaluated_texts(evaluation)
@@ -82,8 +86,8 @@ def needs_of(config: DictConfig) -> list[AnyNeed]:
         for data in TASKS[task].data if task in TASKS else ():
             by_repository.setdefault(data.repository, {})[data] = None
     needs += [
-        QuestionsNeed(repository, tuple(sorted(found, key=str)), folder)
-        for repository, found in by_repository.items()
+        QuestionsNeed(repository, tuple(sorted(files, key=str)), folder)
+        for repository, files in by_repository.items()
     ]
     own = absolute(evaluation.include_path)
     needs += [TaskNeed(task, own, folder) for task in evaluation.tasks if task not in TASKS]

@@ -56,10 +56,10 @@ def floor_job(overrides: Sequence[str], floor: Trial) -> list[str]:
     Args:
         overrides: of a job without quantization whose floor it is.
     """
-    keys = (one.lstrip("+~").partition("=")[0].partition(".")[0] for one in overrides)
+    keys = (override.lstrip("+~").partition("=")[0].partition(".")[0] for override in overrides)
     kept = [
-        one
-        for one, key in zip(overrides, keys, strict=True)
+        override
+        for override, key in zip(overrides, keys, strict=True)
         if key not in OWN_WORDS and not key.startswith(OF_CACHE)
     ]
     # The floor is compared with the model's own logits, not with another trial's record.

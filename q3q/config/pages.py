@@ -19,10 +19,12 @@ def pages(group: str) -> dict[str, str]:
 
     A method of another package has its package in the sentence's place.
     """
-    found = {path.stem: _first_sentence(path) for path in sorted((CONF / group).glob("*.yaml"))}
+    sentences = {path.stem: _first_sentence(path) for path in sorted((CONF / group).glob("*.yaml"))}
     if group == "method":
-        found |= {name: offer.package for name, offer in offers().items() if name not in found}
-    return found
+        sentences |= {
+            name: offer.package for name, offer in offers().items() if name not in sentences
+        }
+    return sentences
 
 
 @functools.cache

@@ -40,15 +40,15 @@ class Linear:
 
 def linears(facts: ModelFacts) -> dict[str, Linear]:
     """Return the linears that are quantized by default, by full name."""
-    found = {}
+    by_name = {}
     for k in range(facts.layers):
         shapes = facts.block_shapes(k)
         for site in facts.sites(k):
             for name in site.weights:
                 columns, beside, apart = shapes[name][-1], len(site.weights), name in site.apart
                 linear = Linear(k, name.removesuffix(".weight"), columns, site.name, beside, apart)
-                found[linear.names[0]] = linear
-    return found
+                by_name[linear.names[0]] = linear
+    return by_name
 
 
 def matching_linears(pattern: str, model: Mapping[str, Linear]) -> list[str]:

@@ -128,8 +128,8 @@ class EvaluationConfig:
 class DataConfig:
     """Data sets.
 
-    path: folder with one subfolder for each, searched before the Hub and its cache; null: those
-        alone
+    path: folder with one subfolder per data set, searched before the Hub's cache and the Hub; null:
+        search only these two
     """
 
     path: str | None = None
@@ -340,7 +340,7 @@ def with_plain_keys(argument: str) -> str:
     if key == "calibration.mix":
         argument = re.sub(
             r"""(?<=[{,])(\s*)([^"'{},\\]*:[^"'{},\\]*)(?=:\s*[\d.+-])""",
-            lambda found: found[1] + re.sub(r"([:= ])", r"\\\1", found[2]),
+            lambda match: match[1] + re.sub(r"([:= ])", r"\\\1", match[2]),
             argument,
         )
     elif key != "overrides":

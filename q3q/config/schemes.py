@@ -48,7 +48,7 @@ def resolve_schemes(
 
 def asks_for_factors(config: DictConfig) -> bool:
     """Return True if inputs are rounded by numbers that calibration finds, whatever the method."""
-    asked = (config.act_scales, *(given.act_scales for given in config.overrides.values()))
+    asked = (config.act_scales, *(settings.act_scales for settings in config.overrides.values()))
     return CALIBRATED in asked
 
 
@@ -56,7 +56,7 @@ def _base_scheme(config: DictConfig, settings: MethodSettings, budget: BitBudget
     """Return the scheme that holds unless a pattern says otherwise, defaults filled in."""
     refuse_unknown("format", config.format, FORMATS)
     bits, size, symmetric = _defaults_of(config.format, settings)
-    given = width_of(config) if budget is None else budget.widths[0]
+    width = width_of(config) if budget is None else budget.widths[0]
     act_format = config.act_format
     if act_format is None:
         follows = settings.default_act_bits is not None and config.act_bits is None
@@ -70,7 +70,7 @@ def _base_scheme(config: DictConfig, settings: MethodSettings, budget: BitBudget
     if act_size is None:
         act_size = -1 if act is None else act.group_size or -1
     return Scheme(
-        bits=bits if given is None else given,
+        bits=bits if width is None else width,
         group_size=size if config.group_size is None else config.group_size,
         symmetric=symmetric if config.symmetric is None else config.symmetric,
         act_bits=None if act is None and act_bits == UNTOUCHED_BITS else act_bits,
@@ -105,11 +105,11 @@ def _changed(base: Scheme, changes: Json, settings: MethodSettings) -> Scheme:
         implied["act_bits"] = settings.default_act_bits if act is None else act.bits
         implied["act_group_size"] = -1 if act is None else act.group_size or -1
         implied["act_scales"] = DYNAMIC
-    given = dict(changes)
-    if given.get("act_bits") == UNTOUCHED_BITS:
-        given |= {"act_bits": None, "act_format": INT}
+    values = dict(changes)
+    if values.get("act_bits") == UNTOUCHED_BITS:
+        values |= {"act_bits": None, "act_format": INT}
         implied |= {"act_group_size": -1, "act_scales": DYNAMIC}
-    return replace(base, **{**implied, **given})
+    return replace(base, **{**implied, **values})
 
 
 def _with_patterns(
@@ -164,17 +164,17 @@ def _changes_of_linears(
     """Return what each pattern of overrides says, and what of it holds for each linear."""
     patterns: dict[str, Json] = {}
     changes_of: dict[str, Json] = {}
-    for pattern, given in config.overrides.items():
-        change = {key: value for key, value in given.items() if value is not None}
+    for pattern, typed in config.overrides.items():
+        change = {key: value for key, value in typed.items() if value is not None}
         patterns[str(pattern)] = change
         if not change:
             raise ConfigError(
                 f"overrides: {pattern} sets nothing; give bits, group_size, symmetric, format, "
                 "act_format, act_bits or act_scales"
             )
-        known = {"format": FORMATS, "act_format": ACT_FORMATS, "act_scales": ACT_SCALES}
-        for key in change.keys() & known.keys():
-            refuse_unknown(key, change[key], known[key])
+        choices = {"format": FORMATS, "act_format": ACT_FORMATS, "act_scales": ACT_SCALES}
+        for key in change.keys() & choices.keys():
+            refuse_unknown(key, change[key], choices[key])
         try:
             _changed(base, change, settings)
         except ConfigError as error:

@@ -63,9 +63,9 @@ def without_effect(overrides: Sequence[Override], specs: Iterable[TrialSpec]) ->
     for override in overrides:
         if override.is_delete() or override.value() is None:
             continue
-        found = [_reason(override.key_or_group, keys) for keys in lacking]
-        reasons = list(dict.fromkeys(reason for reason in found if reason is not None))
-        if found and None not in found:
+        causes = [_reason(override.key_or_group, keys) for keys in lacking]
+        reasons = list(dict.fromkeys(reason for reason in causes if reason is not None))
+        if causes and None not in causes:
             lines.setdefault(" and ".join(reasons), []).append(str(override.input_line))
     return [
         f"{' '.join(words)} {'has' if len(words) == 1 else 'have'} no effect: {reason}"

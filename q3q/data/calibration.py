@@ -79,9 +79,9 @@ def drawn_identities(spec: TrialSpec) -> list[Json]:
     See `calibration_identity`.
     """
     return [
-        calibration_identity(one.calibration, one.seed)
-        for one in drawing(spec)
-        if one.calibration is not None and not one.calibration.writes
+        calibration_identity(drawn_spec.calibration, drawn_spec.seed)
+        for drawn_spec in drawing(spec)
+        if drawn_spec.calibration is not None and not drawn_spec.calibration.writes
     ]
 
 

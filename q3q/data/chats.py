@@ -28,13 +28,13 @@ def conversations(path: Path) -> tuple[str, ...]:
     Raises:
         CalibrationError: the file or one of its lines is something else; the line is named.
     """
-    found = tuple(
+    chats = tuple(
         json.dumps(_messages(where, item), ensure_ascii=False, sort_keys=True)
         for where, item in json_lines(path)
     )
-    if not found:
+    if not chats:
         raise CalibrationError(f"{path} holds no conversation")
-    return found
+    return chats
 
 
 def rendered(

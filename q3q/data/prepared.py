@@ -159,8 +159,8 @@ def kept_identity(path: Path) -> Json | None:
 
 def kept_identities(folder: Path) -> dict[Path, Json]:
     """Return the identities of a folder's prepared files, without those that cannot be read."""
-    found = {path: kept_identity(path) for path in folder.glob(f"*{SUFFIX}")}
-    return {path: identity for path, identity in found.items() if identity is not None}
+    identities = {path: kept_identity(path) for path in folder.glob(f"*{SUFFIX}")}
+    return {path: identity for path, identity in identities.items() if identity is not None}
 
 
 def _content(arrays: Arrays, identity: Json) -> bytes:

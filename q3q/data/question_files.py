@@ -24,8 +24,8 @@ def files_of(dataset: DataSet, folder: Path | None) -> list[tuple[str, Path]]:
     """Return a data set's (split, file) pairs in the user's folder, in order."""
     if folder is None:
         return []
-    found = (split_files(folder / name) for name in dataset.folders)
-    return _study_mmlu(folder, dataset) or next(filter(None, found), [])
+    splits = (split_files(folder / name) for name in dataset.folders)
+    return _study_mmlu(folder, dataset) or next(filter(None, splits), [])
 
 
 def split_files(folder: Path) -> list[tuple[str, Path]]:

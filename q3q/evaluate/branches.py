@@ -13,7 +13,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from q3q.models.flow import Flow, Level, Part, Rows
+from q3q.models.flow import Flow, FlowPart, Level, Rows
 
 # What a call costs, in tokens of padding: rows of other lengths join one if they pad it less.
 CALL_TOKENS = 256
@@ -110,7 +110,7 @@ class Branches:
         first = np.flatnonzero(np.diff(left, prepend=depth + 1))
         return [int(held) for held in left[first][::-1] if held]
 
-    def _part(self, segments: Sequence[Span], path: list[int], onward: list[int]) -> Part:
+    def _part(self, segments: Sequence[Span], path: list[int], onward: list[int]) -> FlowPart:
         """Plan a part.
 
         Args:
@@ -150,7 +150,7 @@ class Branches:
             planned.append(Level(calls, *(_index([index[p] for p in some]) for some in of_level)))
         by_level = sorted(range(len(ends)), key=lambda number: ends[number][0])
         stay_P = _index([number for level, number in going_on if level == -1])
-        return Part(planned, stay_P, _index(np.argsort(by_level).tolist()))
+        return FlowPart(planned, stay_P, _index(np.argsort(by_level).tolist()))
 
 
 def _calls(

@@ -68,10 +68,10 @@ def compare(
     ours_N, baseline_N = _pairs(metric, ours, baseline)
     binary = all(bool(numpy.isin(scores, (0.0, 1.0)).all()) for scores in (ours_N, baseline_N))
     if binary and not ratio:
-        found = _compare_answers(metric, ours_N == 1, baseline_N == 1)
+        comparison = _compare_answers(metric, ours_N == 1, baseline_N == 1)
     else:
-        found = _compare_means(metric, ours_N, baseline_N, seed)
-    return replace(found, ratio=ratio, higher_is_better=higher_is_better)
+        comparison = _compare_means(metric, ours_N, baseline_N, seed)
+    return replace(comparison, ratio=ratio, higher_is_better=higher_is_better)
 
 
 def estimate(scores: Scores) -> Estimate:

@@ -80,11 +80,11 @@ class Contributions:
         Args:
             within: the metric's possible values.
         """
-        found = self._estimate
-        if found.n < 2:
+        result = self._estimate
+        if result.n < 2:
             return None
-        spread = NORMAL_95 * found.standard_error
-        low, high = found.value - spread, found.value + spread
+        spread = NORMAL_95 * result.standard_error
+        low, high = result.value - spread, result.value + spread
         if self.logarithmic:
             low, high = exp_or_infinity(low), exp_or_infinity(high)
         return cut((low, high), within)

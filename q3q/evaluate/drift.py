@@ -83,7 +83,7 @@ class Drift:
 
     def metrics(self, text: str) -> dict[str, float]:
         percentiles = zip(PERCENTILES, self.kl_percentiles, strict=True)
-        bins = [one.metrics(text) for one in self.by_confidence]
+        bins = [confidence_bin.metrics(text) for confidence_bin in self.by_confidence]
         return {
             **{name: value for own in bins for name, value in own.items()},
             f"kl/{text}": self.kl,
@@ -100,7 +100,10 @@ class Drift:
             f"kl/{text}": (max(0.0, self.kl - kl), self.kl + kl),
             f"kl_p99/{text}": self.kl_99_interval,
             f"top1_agreement/{text}": (low, high),
-            **{f"{one.name}/{text}": one.kl_interval for one in self.by_confidence},
+            **{
+                f"{confidence_bin.name}/{text}": confidence_bin.kl_interval
+                for confidence_bin in self.by_confidence
+            },
         }
 
 
@@ -218,8 +221,8 @@ def _bins(kl_KP: Tensor, results: Sequence[Sequence[Any]]) -> tuple[Bin, ...]:
     (Cochran, Sampling Techniques, 1977, section 2.11), as positions of one window are not
     independent.
     """
-    sure_KP = torch.tensor([one[3] for one in results], dtype=torch.float64)
-    flip_KP = 1 - torch.tensor([one[4] for one in results], dtype=torch.float64)
+    sure_KP = torch.tensor([result[3] for result in results], dtype=torch.float64)
+    flip_KP = 1 - torch.tensor([result[4] for result in results], dtype=torch.float64)
     bins = []
     for low, high in CONFIDENCE:
         inside_KP = (sure_KP >= low / 100) & ((sure_KP < high / 100) | (high == 100))

@@ -19,7 +19,7 @@ def prepared_identities(spec: TrialSpec) -> list[Json]:
     """Return what a trial says of the input that it prepares: windows, and its tasks' requests."""
     evaluation, identities = spec.evaluation, drawn_identities(spec)
     identities += [evaluation_identity(text, evaluation.quick) for text in evaluation.texts]
-    identities += [requests_identity(evaluation, one, spec.seed) for one in batches(evaluation)]
+    identities += [requests_identity(evaluation, batch, spec.seed) for batch in batches(evaluation)]
     return identities
 
 

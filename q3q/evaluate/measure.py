@@ -61,14 +61,14 @@ class Reference:
         Each comes with the two ends of its interval, which a single window does not have. A
         perplexity that is not finite is left out.
         """
-        found: dict[str, list[float]] = {}
+        perplexities: dict[str, list[float]] = {}
         for text, baseline in self.baselines.items():
             result = of_losses(baseline.nll_N)
             ends = [end for end in result.interval if math.isfinite(end)]
             if math.isfinite(result.value):
                 metric = text_metric("perplexity", text, quick)
-                found[metric] = [result.value, *(ends if len(ends) == 2 else [])]
-        return found
+                perplexities[metric] = [result.value, *(ends if len(ends) == 2 else [])]
+        return perplexities
 
 
 def reference_of(model: Decoder, tokenizer: Any, trial: Trial, reporter: Reporter) -> Reference:
@@ -116,8 +116,8 @@ def noted_baseline(reference: Reference, spec: TrialSpec) -> Json:
 
     It is empty if this is the unquantized model's own trial, or nothing was measured of it.
     """
-    known = {} if spec.rounds_nothing else reference.perplexities(spec.evaluation.quick)
-    return {UNQUANTIZED: known} if known else {}
+    perplexities = {} if spec.rounds_nothing else reference.perplexities(spec.evaluation.quick)
+    return {UNQUANTIZED: perplexities} if perplexities else {}
 
 
 def evaluate(

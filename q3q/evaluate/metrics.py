@@ -83,7 +83,7 @@ def directions(record: TrialRecord) -> dict[str, bool]:
     Older records do not say so.
     """
     quick = record.spec.evaluation.quick
-    found: dict[str, bool] = {}
+    by_metric: dict[str, bool] = {}
     for results in record.results.values():
         for owner, metrics in results.get("higher_is_better", {}).items():
             for metric in record.numbers:
@@ -93,9 +93,9 @@ def directions(record: TrialRecord) -> dict[str, bool]:
                     if _is_of(metric, task_metric(f"{owner}/{name}", quick))
                 ]
                 if own and isinstance(metrics[own[0]], bool):
-                    found[metric] = metrics[own[0]]
+                    by_metric[metric] = metrics[own[0]]
     texts = (text_metric("perplexity", text.name, quick) for text in record.spec.evaluation.texts)
-    return found | dict.fromkeys(texts, False)
+    return by_metric | dict.fromkeys(texts, False)
 
 
 def _is_of(metric: str, name: str) -> bool:

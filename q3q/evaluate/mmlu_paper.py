@@ -144,7 +144,9 @@ def _packed(asked: Questions) -> "Arrays":
     from q3q.evaluate.packing import pack_sequences
 
     texts, text = pack_sequences([question.ids for question in asked.questions])
-    hashes = [bytes.fromhex(one.doc_hash + one.prompt_hash) for one in asked.questions]
+    hashes = [
+        bytes.fromhex(question.doc_hash + question.prompt_hash) for question in asked.questions
+    ]
     return {
         **texts,
         "text": text,

@@ -19,7 +19,7 @@ def is_mentioned(name: str, folders: Sequence[Path]) -> bool:
 def task_names(folders: Sequence[Path]) -> list[str]:
     """Return the names of tasks and groups that the files of these folders and lm-eval's define."""
     texts = [*(text for folder in folders for text in _texts(folder)), *_official()]
-    return list(dict.fromkeys(found[2] for text in texts for found in NAME.finditer(text)))
+    return list(dict.fromkeys(match[2] for text in texts for match in NAME.finditer(text)))
 
 
 @functools.cache

@@ -50,9 +50,9 @@ def unpack_sequences(arrays: Mapping[str, NDArray[np.generic]]) -> list[Ids]:
 def sort_keys(sequences: Iterable[Ids]) -> list[bytes]:
     """Return bytes that sort as the sequences' tokens do; one object for each array."""
     keys: dict[int, tuple[Ids, bytes]] = {}  # with the array, so that its id stays its own
-    found = []
+    ordered = []
     for ids in sequences:
         if id(ids) not in keys:
             keys[id(ids)] = ids, ids.astype(">u4").tobytes()
-        found.append(keys[id(ids)][1])
-    return found
+        ordered.append(keys[id(ids)][1])
+    return ordered

@@ -40,8 +40,8 @@ def smallest_difference(
         return None
     first = a * math.sqrt(discordance * questions)
     rest = b * math.sqrt(discordance * (questions + b**2 - a**2))
-    found = (first + rest) / (questions + b**2)
-    return found if 0 < found <= discordance else None
+    difference = (first + rest) / (questions + b**2)
+    return difference if 0 < difference <= discordance else None
 
 
 def effective_questions(questions: Sequence[int]) -> float:

@@ -199,8 +199,8 @@ def measured(rows: Sequence[Json], quick: bool) -> MetricScores:
                 continue
             for owner in (row["task"], *(row.get("groups") or ())):
                 full_name = f"{owner}/{name}"
-                found = scores.setdefault(task_metric(full_name, quick), {})
-                found[sample] = of_groups.get(full_name, score)
+                scores_of_metric = scores.setdefault(task_metric(full_name, quick), {})
+                scores_of_metric[sample] = of_groups.get(full_name, score)
     return scores
 
 
@@ -223,7 +223,7 @@ def comparisons(
     """
     from q3q.evaluate.compare import compare
 
-    found: dict[str, Comparison] = {}
+    by_metric: dict[str, Comparison] = {}
     for metric in (name for name in ours if name in baseline):
         sides = [
             explained(scores[metric], own[metric]) if metric in own else {}
@@ -231,14 +231,14 @@ def comparisons(
         ]
         if ways := [ratio for ratio in sides[0] if ratio in sides[1]]:
             ratio = ways[0]
-            found[metric] = compare(
+            by_metric[metric] = compare(
                 metric,
                 sides[0][ratio],
                 sides[1][ratio],
                 ratio=ratio,
                 higher_is_better=higher_is_better.get(metric),
             )
-    return found
+    return by_metric
 
 
 def explained(scores: Mapping[str, float], number: float) -> dict[bool, Mapping[str, float]]:

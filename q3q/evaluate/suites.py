@@ -139,8 +139,8 @@ def _study_questions(
     wait: Callable[[], object],
 ) -> Questions:
     choose = partial(random_questions if evaluation.quick else first_questions, batch.limit)
-    wanted = requests_identity(evaluation, batch, seed)
-    return study_questions(tokenizer, library, choose, shelf, wanted, wait)
+    identity = requests_identity(evaluation, batch, seed)
+    return study_questions(tokenizer, library, choose, shelf, identity, wait)
 
 
 def _asked(
@@ -154,9 +154,9 @@ def _asked(
     """Return what lm-eval is to ask."""
     from q3q.evaluate.harness.run import Asked, Keeping
 
-    wanted, keeping = requests_identity(evaluation, batch, seed), None
+    identity, keeping = requests_identity(evaluation, batch, seed), None
     if shelf is not None:
-        keeping = Keeping(shelf, wanted, lambda: not library.files.not_pinned)
+        keeping = Keeping(shelf, identity, lambda: not library.files.not_pinned)
     return Asked(
         tasks=batch.tasks,
         limit=batch.limit,

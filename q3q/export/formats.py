@@ -226,10 +226,10 @@ class GgufFormat(Format):
         for scheme in schemes:
             if type_of(scheme) is None:
                 kind = "symmetric" if scheme.symmetric else "asymmetric"
-                given = f"format={scheme.format}"
+                asked = f"format={scheme.format}"
                 if scheme.format == INT:
-                    given = f"{kind} bits={scheme.bits} group_size={scheme.group_size}"
-                yield f"{given} (it takes {TAKES})"
+                    asked = f"{kind} bits={scheme.bits} group_size={scheme.group_size}"
+                yield f"{asked} (it takes {TAKES})"
         if spec.head_bits or spec.embedding_bits:
             yield "a quantized head or embedding"
         if _reorders(spec, [scheme for scheme in schemes if not scheme.own_groups]):

@@ -49,8 +49,8 @@ class GgufExporter(Exporter):
 
     def weight(self, layout: Layout | None, name: str, weight: StoredWeight) -> dict[str, Tensor]:
         blocks = in_blocks(weight) if isinstance(weight, QuantizedWeight) else weight
-        wanted = layout.type if isinstance(layout, GgufBlocks) else None
-        if not isinstance(blocks, BlockWeight) or blocks.format != wanted:
+        expected = layout.type if isinstance(layout, GgufBlocks) else None
+        if not isinstance(blocks, BlockWeight) or blocks.format != expected:
             raise ExportError(f"export=gguf cannot store the codes of {name}")
         if not torch.equal(blocks.dequantize(), weight.dequantize()):
             raise ExportError(

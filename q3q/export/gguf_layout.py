@@ -76,8 +76,8 @@ def layout_of(scheme: Scheme) -> GgufBlocks:
 
 def architecture_of(facts: ModelFacts) -> str | None:
     """Return llama.cpp's word for a model's architecture; None if the writer has none."""
-    known = (MODEL_TYPES.get(model_type) for model_type in facts.family.model_types)
-    return next((arch for arch in known if arch is not None), None)
+    architectures = (MODEL_TYPES.get(model_type) for model_type in facts.family.model_types)
+    return next((arch for arch in architectures if arch is not None), None)
 
 
 def model_problems(facts: ModelFacts) -> Iterator[str]:

@@ -51,7 +51,7 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))"""
 
 
 @dataclass(frozen=True)
-class Loading:
+class LoadingCode:
     """How Python loads the checkpoint.
 
     packages: to install
@@ -64,29 +64,29 @@ class Loading:
     remark: str = ""
 
 
-def loading_of(spec: TrialSpec, facts: ModelFacts) -> Loading:
+def loading_of(spec: TrialSpec, facts: ModelFacts) -> LoadingCode:
     """Return how transformers loads a trial's export, or why it does not."""
     assert spec.export is not None
     packages = PACKAGES[spec.export]
     if spec.export == "gguf":
-        return Loading(packages, LOAD_GGUF, "llama.cpp's own programs take the file, too.")
+        return LoadingCode(packages, LOAD_GGUF, "llama.cpp's own programs take the file, too.")
     if not read_by_transformers(spec, facts):
-        return Loading(packages, None, why_unread(spec, facts))
+        return LoadingCode(packages, None, why_unread(spec, facts))
     if needs_unpacking(spec, facts):
         remark = (
             "The weights are unpacked as they are loaded, so in memory they take as much room as "
             "unquantized ones."
         )
-        return Loading(packages, f"{LOAD_UNPACKED}\n\n{GENERATE}", remark)
+        return LoadingCode(packages, f"{LOAD_UNPACKED}\n\n{GENERATE}", remark)
     code = f"{LOAD}\n\n{GENERATE}"
     if spec.export not in ("gptq", "awq"):
-        return Loading(packages, code)
+        return LoadingCode(packages, code)
     taken = GPTQMODEL_GROUPS if spec.export == "gptq" else GPTQMODEL_AWQ_GROUPS
     others = sorted({scheme.group_size for scheme in schemes_of(spec, facts)} - {*taken})
     if others:
         sizes = ", ".join(map(str, others))
-        return Loading(packages, None, f"GPTQModel's kernels do not take group_size={sizes}.")
-    return Loading(packages, code, "transformers hands these weights to GPTQModel's kernels.")
+        return LoadingCode(packages, None, f"GPTQModel's kernels do not take group_size={sizes}.")
+    return LoadingCode(packages, code, "transformers hands these weights to GPTQModel's kernels.")
 
 
 def load_lines(spec: TrialSpec, facts: ModelFacts) -> list[str]:

@@ -16,8 +16,9 @@ ACCURACIES = ("/acc", "/acc_norm")
 # Of a trial's costs, and of the distribution of a divergence whose mean is listed.
 UNLISTED = re.compile(r"(seconds|peak_bytes|gpu_peak_bytes|kl_p[\d.]+|top1_agreement)(_quick)?/")
 UNMEASURED = (
-    "The unquantized model was not measured beside this checkpoint. Run the same with "
-    "`method=none`, then the same again, which only compares: this table then has its numbers."
+    "The unquantized model was not measured beside this checkpoint. Run the command with "
+    "`method=none`, then run this command again. It measures nothing twice, and fills in this "
+    "table."
 )
 
 

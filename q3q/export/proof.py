@@ -93,13 +93,13 @@ def prove(folder: Path, model: Decoder, *, gpu: bool = False) -> Proof:
         return compare_reload(model, runs, findings, load_file(out.with_suffix(".safetensors")))
 
 
-def reload_inputs(model: Decoder, runs: "Mapping[str, Run]") -> dict[str, Tensor]:
+def reload_inputs(model: Decoder, runs: "Mapping[str, ReferenceRun]") -> dict[str, Tensor]:
     """Return the token ids and block inputs that the other process runs."""
     return {"ids": windows(model.facts), **{kind: run.states for kind, run in runs.items()}}
 
 
 def compare_reload(
-    model: Decoder, runs: "Mapping[str, Run]", findings: Json, theirs: Mapping[str, Tensor]
+    model: Decoder, runs: "Mapping[str, ReferenceRun]", findings: Json, theirs: Mapping[str, Tensor]
 ) -> Proof:
     """Compare the model with the two results of `reload.script.findings`."""
     problems, error = _weight_problems(model, findings), None
@@ -140,7 +140,7 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class Run:
+class ReferenceRun:
     """The evaluated model's run over the fixed windows in float32 arithmetic."""
 
     states: Tensor  # each block's input, [L, B, T, H]
@@ -153,7 +153,7 @@ def windows(facts: ModelFacts) -> Tensor:
     return torch.randint(facts.vocab, (WINDOWS, TOKENS), generator=torch.Generator().manual_seed(0))
 
 
-def runs_of(model: Decoder) -> dict[str, Run]:
+def runs_of(model: Decoder) -> dict[str, ReferenceRun]:
     """Return the run `plain`, and `rounded` if the model rounds activations."""
     runs = {"plain": run(model, rounded=False)}
     rounds = any(map(roundings_of, model.blocks))
@@ -170,7 +170,7 @@ def roundings_of(block: Block) -> set[tuple[str, int, int]]:
     }
 
 
-def run(model: Decoder, *, rounded: bool) -> Run:
+def run(model: Decoder, *, rounded: bool) -> ReferenceRun:
     """Run the model, one block at a time widened to float32.
 
     rounded: round activations as the model does
@@ -190,7 +190,7 @@ def run(model: Decoder, *, rounded: bool) -> Run:
     facts = model.facts
     hidden_BTH = rms_norm(x_BTH, model.norm_H.float(), facts.rms_norm_eps, facts.family.gain_offset)
     logits = [linear(hidden_TH, model.head_VH.float()) for hidden_TH in hidden_BTH]
-    return Run(torch.stack(states), readings, torch.stack(logits).cpu())
+    return ReferenceRun(torch.stack(states), readings, torch.stack(logits).cpu())
 
 
 def _observed(
@@ -306,9 +306,11 @@ def _not_proved(folder: Path, reason: str) -> ExportError:
 
 
 def _weight_problems(model: Decoder, findings: Json) -> list[str]:
-    problems, found, factors = [], set[tuple[str, int, int]](), dict[str, float]()
-    worst, difference = worst_weight(dict(sketches(model, found, factors)), findings["sketches"])
-    roundings = [list(one) for one in sorted(found)]
+    problems, collected, factors = [], set[tuple[str, int, int]](), dict[str, float]()
+    worst, difference = worst_weight(
+        dict(sketches(model, collected, factors)), findings["sketches"]
+    )
+    roundings = [list(rounding) for rounding in sorted(collected)]
     if difference > SAME_WEIGHTS:
         problems.append(f"worst site {worst}, relative difference about {difference:.2g}")
     if findings["roundings"] != roundings:
@@ -324,10 +326,10 @@ def _weight_problems(model: Decoder, findings: Json) -> list[str]:
 
 
 def relative(difference: float, norm: float, noise: float = 0.0) -> float:
-    """Return what a difference beyond the noise is of a norm.
+    """Return a difference, less the noise, divided by a norm.
 
-    Nothing relative to nothing is 0. Something relative to nothing is infinite, and so is what is
-    not a number: no comparison may take either for a match.
+    0 / 0 counts as 0. Any other division by 0 gives infinity, and so does NaN, so that no
+    comparison takes either for a match.
     """
     if math.isnan(difference) or math.isnan(norm):
         return math.inf
@@ -352,7 +354,7 @@ def worst_weight(
 
 
 def _logit_problems(
-    runs: Mapping[str, Run], theirs: Mapping[str, Tensor], error: float
+    runs: Mapping[str, ReferenceRun], theirs: Mapping[str, Tensor], error: float
 ) -> list[str]:
     problems = [] if error <= SAME_LOGITS else [f"logits differ by {error:.2g} of their size"]
     bounds = {"plain": SAME_LOGITS, "rounded": SAME_ROUNDED}
@@ -377,7 +379,7 @@ def _difference(theirs: Tensor, ours: Tensor) -> float:
     return relative(float((theirs - ours).norm()), float(ours.norm()))
 
 
-def worst_reading(ours: Run, theirs: Mapping[str, Tensor]) -> tuple[str, float]:
+def worst_reading(ours: ReferenceRun, theirs: Mapping[str, Tensor]) -> tuple[str, float]:
     """Return the site input or block change that differs most, and by what share of its norm."""
     errors = {
         name: relative(

@@ -174,9 +174,9 @@ class Exporter(ABC):
                         tensors |= self._input_factor(layout, full, peaks.get(name))
                     else:
                         tensors[full] = numbers[name][e] if stacked else numbers[name]
-            one = torch.ones(1, dtype=self.dtype)  # with which the cache was evaluated
+            unit_scale = torch.ones(1, dtype=self.dtype)  # with which the cache was evaluated
             scales = cache_scales(self.spec, self.checkpoint.facts, block.index)
-            tensors |= {name: one.clone() for name in scales}
+            tensors |= {name: unit_scale.clone() for name in scales}
             groups = [getattr(weight, "group_EI", None) for weight in weights.values()]
             apart = any(group_EI is not None for group_EI in groups)
             facts = {"codes": _checksum(block), "reordered": apart}
@@ -331,8 +331,8 @@ class PackingExporter(Exporter):
             scale_OG, factor = weight.stored_scale_EOG[0], weight.global_EO
             if scale_OG.is_floating_point():
                 scale_OG = self._stored(scale_OG, layout, name)
-            one = None if factor is None else factor[0, :1]
-            parts = layout.pack_floats(weight.codes_EOI[0], scale_OG, one)
+            row_factor = None if factor is None else factor[0, :1]
+            parts = layout.pack_floats(weight.codes_EOI[0], scale_OG, row_factor)
         base = name.removesuffix("weight")
         return {base + part: tensor for part, tensor in parts.items()}
 
@@ -400,22 +400,22 @@ def _misfit(weight: QuantizedWeight | FloatWeight, layout: Layout) -> str | None
 
 
 def _whole_misfit(weight: QuantizedWeight, layout: Layout) -> str | None:
-    groups, wanted = weight.scale_EOG.shape[2], layout.groups(weight.shape[2])
+    groups, expected = weight.scale_EOG.shape[2], layout.groups(weight.shape[2])
     if not weight.whole_zeros:
         return "zero points that are not whole numbers within the codes' bits"
     if weight.bits != layout.bits:
         return f"codes of {weight.bits} bits where bits={layout.bits} was asked for"
-    if groups != wanted:
-        return f"{groups} groups a row where group_size={layout.group_size} makes {wanted}"
+    if groups != expected:
+        return f"{groups} groups a row where group_size={layout.group_size} makes {expected}"
     if layout.symmetric and not weight.symmetric:
         return "asymmetric codes where symmetric=true was asked for"
     return None
 
 
 def _float_misfit(weight: FloatWeight, layout: Layout) -> str | None:
-    groups, wanted = weight.stored_scale_EOG.shape[2], layout.groups(weight.shape[2])
-    if groups != wanted:
-        return f"{groups} groups a row where group_size={layout.group_size} makes {wanted}"
+    groups, expected = weight.stored_scale_EOG.shape[2], layout.groups(weight.shape[2])
+    if groups != expected:
+        return f"{groups} groups a row where group_size={layout.group_size} makes {expected}"
     if weight.group_EI is not None:
         return "groups of columns that lie apart"
     factor = weight.global_EO

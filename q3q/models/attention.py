@@ -126,17 +126,19 @@ class AttentionSlice:
         query_NTD: Tensor,
         key_KTD: Tensor,
         value_KTD: Tensor,
-        late: "Late | None" = None,
+        delayed: "DelayedRounding | None" = None,
     ) -> SliceOutput:
         query_SNQD = _spans(query_NTD, self.query)
         key_SKPD, value_SKPD = _spans(key_KTD, self.key), _spans(value_KTD, self.key)
-        if late is None:
+        if delayed is None:
             context_SNQD, logsum_SNQ = attend(
                 query_SNQD, key_SKPD, value_SKPD, self.bias_SQP, self.causal
             )
         else:
-            stored = Stored.of(key_SKPD, value_SKPD, _depths(late.key_depth_P, self.key), late.kv)
-            query_depth_SQ = _depths(late.query_depth_T, self.query)
+            stored = Stored.of(
+                key_SKPD, value_SKPD, _depths(delayed.key_depth_P, self.key), delayed.kv
+            )
+            query_depth_SQ = _depths(delayed.query_depth_T, self.query)
             context_SNQD, logsum_SNQ = attend_stored(
                 query_SNQD, stored, self._sees(query_SNQD, key_SKPD), query_depth_SQ
             )
@@ -172,9 +174,9 @@ class VarlenSlice:
         query_NTD: Tensor,
         key_KTD: Tensor,
         value_KTD: Tensor,
-        late: "Late | None" = None,
+        delayed: "DelayedRounding | None" = None,
     ) -> SliceOutput:
-        if late is not None:
+        if delayed is not None:
             raise RuntimeError(
                 "a tree whose cache keeps recent tokens in 16 bits has no such slice"
             )
@@ -189,11 +191,12 @@ class VarlenSlice:
 
 
 @dataclass(frozen=True)
-class Late:
-    """A rounding that recent tokens escape, and where a batch's queries and keys lie in their text.
+class DelayedRounding:
+    """Cache rounding that leaves the most recent tokens exact.
 
-    Of several spans, a key index lists each one's keys in the order of its text, from the first
-    token of a chunk on.
+    query_depth_T, key_depth_P: positions of a batch's queries and keys in their texts. A key index
+        of several spans lists each span's keys in the order of its text, from a chunk's first
+        token on.
     """
 
     kv: KvRounding
@@ -243,7 +246,7 @@ class TreeAttention:
         kv: KvRounding | None = None,
     ) -> Tensor:
         query_NTD, key_KTD, value_KTD = query_BNTD[0], key_BKTD[0], value_BKTD[0]
-        late = None if kv is None else self._late(kv)
+        delayed = None if kv is None else self._delayed(kv)
         self.batch_keys_values = key_KTD, value_KTD
         if self.path is not None:
             key_KTD = torch.cat((self.path[0], key_KTD), dim=1)
@@ -254,22 +257,22 @@ class TreeAttention:
         context_TND = query_NTD.new_empty(tokens, heads, size, dtype=dtype)
         total_TN = query_NTD.new_empty(tokens, heads, dtype=torch.float32)
         for part in self.own:
-            where, part_TND, logsum_TN = part(query_NTD, key_KTD, value_KTD, late)
+            where, part_TND, logsum_TN = part(query_NTD, key_KTD, value_KTD, delayed)
             context_TND[where] = part_TND.to(context_TND.dtype)
             total_TN[where] = logsum_TN.to(total_TN.dtype)
         for part in self.shared:
-            where, part_TND, logsum_TN = part(query_NTD, key_KTD, value_KTD, late)
+            where, part_TND, logsum_TN = part(query_NTD, key_KTD, value_KTD, delayed)
             combined_TN = torch.logaddexp(total_TN[where], logsum_TN)
             context_TND[where] *= (total_TN[where] - combined_TN).exp()[..., None]
             context_TND[where] += part_TND * (logsum_TN - combined_TN).exp()[..., None]
             total_TN[where] = combined_TN
         return context_TND.to(query_NTD.dtype).transpose(0, 1)[None]
 
-    def _late(self, kv: KvRounding) -> Late:
+    def _delayed(self, kv: KvRounding) -> DelayedRounding:
         """Return where the keys lie: those of the path by depth, then the batch's."""
         before = 0 if self.path is None else self.path[0].shape[1]
         depth_P = torch.arange(before, device=self.depth_T.device)
-        return Late(kv, self.depth_T, torch.cat((depth_P, self.depth_T)))
+        return DelayedRounding(kv, self.depth_T, torch.cat((depth_P, self.depth_T)))
 
     def read(self, states_BTX: Tensor) -> Tensor:
         return states_BTX if self.read_index is None else states_BTX[:, self.read_index]

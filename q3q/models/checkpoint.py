@@ -187,7 +187,7 @@ class Checkpoint:
         sources = sources_of(name, self.facts.experts, self._fused(k))
         stored = [self._stored[prefix + source].flat() for source in sources]
         if len(stored) > 1 or stored[0].shape == (math.prod(shape),):
-            yield from ((one, 0, one.shape[0]) for one in stored)
+            yield from ((tensor, 0, tensor.shape[0]) for tensor in stored)
             return
         each = math.prod(shape[1:])
         upper = each if ".up_proj." in name else 0
@@ -307,7 +307,7 @@ def _as_text(files: ModelFiles, facts: ModelFacts) -> ModelFiles:
     own, inner = facts.family.embedding, "model.language_model."
     if own in files.tensors or not own.startswith("model."):
         return files
-    tensors = {name.replace(inner, "model.", 1): one for name, one in files.tensors.items()}
+    tensors = {name.replace(inner, "model.", 1): tensor for name, tensor in files.tensors.items()}
     return replace(files, tensors=tensors) if own in tensors else files
 
 

@@ -136,12 +136,12 @@ def cache_scales(facts: ModelFacts, tensors: Collection[str]) -> dict[tuple[int,
     """
     if facts.packing is None or facts.packing.kv is None:
         return {}
-    found = dict[tuple[int, str], str | None]()
+    names_of_scales = dict[tuple[int, str], str | None]()
     for k in (k for k in range(facts.layers) if facts.family.state_width(facts, k)):
         for end, places in (("k", KEY_SCALES), ("v", VALUE_SCALES)):
             names = (facts.on_disk(k, place) for place in places)
-            found[k, end] = next((name for name in names if name in tensors), None)
-    return found
+            names_of_scales[k, end] = next((name for name in names if name in tensors), None)
+    return names_of_scales
 
 
 def without_cache_scales(facts: ModelFacts, tensors: Collection[str]) -> list[str]:
@@ -174,5 +174,5 @@ def _hint(missing: str, facts: ModelFacts, tensors: Collection[str]) -> str:
     ending = ".weight" if ".weight" in missing else f".{missing.rpartition('.')[2]}"
     module = missing[: missing.rindex(ending) + 1]
     others = sorted(name.removeprefix(module) for name in tensors if name.startswith(module))
-    found = ", ".join(others[:4])
-    return f" ({facts.packing.method} has it; the files hold {found} there)" if found else ""
+    stored = ", ".join(others[:4])
+    return f" ({facts.packing.method} has it; the files hold {stored} there)" if stored else ""

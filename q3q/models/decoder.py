@@ -356,25 +356,29 @@ def build_block(facts: ModelFacts, k: int, weights: Mapping[str, Tensor]) -> Blo
 
     def rounding(*names: str) -> InputRounding | None:
         linears = [name.removesuffix(".weight") for name in names_on_disk(facts, k, names)]
-        found = packing.inputs(linears)
+        numbered = packing.inputs(linears)
         numbers = [facts.input_numbers[name] for name in linears if name in facts.input_numbers]
-        if found is None or not numbers:
-            return found
+        if numbered is None or not numbers:
+            return numbered
         # The range of all: experts have one each, and servers take the widest, too.
-        widest = min(numbers) if found.scales == "factor" else max(numbers)
-        return replace(found, number=widest)
+        widest = min(numbers) if numbered.scales == "factor" else max(numbers)
+        return replace(numbered, number=widest)
 
     apart = {name for site in block.sites for name in site.apart if rounding(name) is None}
-    found = {
+    roundings = {
         site.name: rounding(*(name for name in site.weights if name not in apart))
         for site in block.sites
     }
-    block.unrounded = frozenset(apart | {site for site, one in found.items() if one is None})
-    kinds = {one for one in found.values() if one is not None}
+    block.unrounded = frozenset(
+        apart | {site for site, rounding in roundings.items() if rounding is None}
+    )
+    kinds = {rounding for rounding in roundings.values() if rounding is not None}
     if len(kinds) == 1 and (kind := next(iter(kinds))).scales == "dynamic":
         block.rounding = kind
     else:
-        block.own_rounding = {site: one for site, one in found.items() if one is not None}
+        block.own_rounding = {
+            site: rounding for site, rounding in roundings.items() if rounding is not None
+        }
     return block
 
 

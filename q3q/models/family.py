@@ -233,8 +233,8 @@ class Family:
             if values.config.get(key, only) != only:
                 raise values.wrong(f"{key}={values.config[key]!r} is not supported, only {only!r}")
         if any(kind not in self.layer_types for kind in values.items("layer_types")):
-            known = " and ".join(self.layer_types)
-            raise values.wrong(f"layer_types other than {known} are not supported")
+            kinds = " and ".join(self.layer_types)
+            raise values.wrong(f"layer_types other than {kinds} are not supported")
         hidden, heads = values.count("hidden_size"), values.count("num_attention_heads")
         theta, scaling = read_rope(values)
         rotary = rotary_share(values)

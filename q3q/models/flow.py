@@ -59,7 +59,7 @@ class Level:
 
 
 @dataclass(frozen=True)
-class Part:
+class FlowPart:
     """Consecutive segments of a batch, as many as may have their states in memory.
 
     stay_P: the path's states that are still needed when the part ends; None if none is.
@@ -75,7 +75,7 @@ class Part:
 class Flow:
     """How a recurrence goes through a batch."""
 
-    parts: Sequence[Part]
+    parts: Sequence[FlowPart]
 
     def run(
         self, recurrence: Recurrence, inputs_TX: Tensor, path: State | None

@@ -127,10 +127,10 @@ def gguf_names(arch: str, layers: int) -> Mapping[str, str]:
     from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, get_tensor_name_map
 
     kinds = {name: kind for kind, name in MODEL_ARCH_NAMES.items()}
-    known = get_tensor_name_map(MODEL_ARCH(kinds[arch]), layers)
+    llama_names = get_tensor_name_map(MODEL_ARCH(kinds[arch]), layers)
     of_blocks = (f"model.layers.{k}.{part}" for k in range(layers) for part in BLOCK_PARTS)
     ours = (*OUTER_PARTS, *of_blocks)
-    return {part: name for part in ours if (name := known.get_name(part)) is not None}
+    return {part: name for part in ours if (name := llama_names.get_name(part)) is not None}
 
 
 def _named(
@@ -316,7 +316,7 @@ class _Values:
     def count(self, key: str, default: int | None = None) -> int:
         """Return a whole number; of a list, which has one for each block, the one that all have."""
         value = self._given(key, default)
-        if isinstance(value, list) and value and all(one == value[0] for one in value):
+        if isinstance(value, list) and value and all(item == value[0] for item in value):
             value = value[0]
         if type(value) is not int or value < 0:
             raise self._wrong(key, value, "a whole number, the same for all blocks")

@@ -107,9 +107,9 @@ class _Head:
     def read(self) -> GgufHeader:
         (version,) = self._take("I")
         if version not in VERSIONS:
-            known = " and ".join(map(str, VERSIONS))
+            versions = " and ".join(map(str, VERSIONS))
             raise CheckpointError(
-                f"{self.path} is a GGUF file of version {version}: q3q reads {known}"
+                f"{self.path} is a GGUF file of version {version}: q3q reads {versions}"
             )
         tensors, values = self._take("QQ")
         table = {self._string(): self._value(*self._take("I")) for _ in range(values)}
@@ -149,10 +149,10 @@ class _Head:
                 if count > len(self.content):
                     raise struct.error
                 return list(self._take(f"{count}{_NUMBERS[inner]}"))
-            one: Callable[[], GgufValue] = (
+            read_item: Callable[[], GgufValue] = (
                 self._string if inner == _STRING else lambda: self._value(inner)
             )
-            return [one() for _ in range(count)]
+            return [read_item() for _ in range(count)]
         if kind not in _NUMBERS:
             raise damaged(self.path, f"a value is of the unknown type {kind}")
         return self._take(_NUMBERS[kind])[0]

@@ -84,13 +84,13 @@ class Likeness:
 
     def doubts(self) -> Iterator[str]:
         """Yield a line for each kind of numbers that rounding alone does not explain."""
-        for found, what in (
+        for errors, what in (
             (self.far, "not of the original's size"),
             (self.moved, "not the original's numbers"),
         ):
-            if found:
-                worst = significant(max(found.values()), 2)
-                yield f"{in_groups(list(found))}: {what} (relative error up to {worst}); {SCALED}"
+            if errors:
+                worst = significant(max(errors.values()), 2)
+                yield f"{in_groups(list(errors))}: {what} (relative error up to {worst}); {SCALED}"
 
 
 def compare_weights(
@@ -101,14 +101,14 @@ def compare_weights(
     Raises:
         CheckpointError: numbers are not finite, or scales are zero.
     """
-    facts, found = checkpoint.facts, Likeness()
+    facts, likeness = checkpoint.facts, Likeness()
     for end, name, theirs_name in _ends(checkpoint, original):
         sums = torch.zeros(3, 1, dtype=torch.float64)
         for first in range(0, facts.vocab, ROWS_AT_ONCE):
             count = min(ROWS_AT_ONCE, facts.vocab - first)
             rows = checkpoint.rows(name, first, count)
             sums += _sums(rows, original.rows(theirs_name, first, count), name)
-        _note_matrix(found, end, sums, linear=False)
+        _note_matrix(likeness, end, sums, linear=False)
     for k in range(facts.layers):
         linears = facts.linears(k)
         for name, shape in facts.block_shapes(k).items():
@@ -121,13 +121,13 @@ def compare_weights(
                     _look_for_zeros(checkpoint, full, ours)
             own, sums = f"blocks.{k}.{name.removesuffix('.weight')}", torch.cat(of_each, dim=1)
             if len(shape) > (2 if is_stacked(name) else 1):
-                _note_matrix(found, own, sums, linear=name in linears)
+                _note_matrix(likeness, own, sums, linear=name in linears)
             else:
-                _note_vector(found, own, sums)
+                _note_vector(likeness, own, sums)
         steps(k + 1, facts.layers)
     norms = checkpoint.final_norm(), original.final_norm()
-    _note_vector(found, "final norm", _sums(*norms, facts.family.final_norm))
-    return found
+    _note_vector(likeness, "final norm", _sums(*norms, facts.family.final_norm))
+    return likeness
 
 
 def _look_for_zeros(checkpoint: Checkpoint, full: str, weight: Tensor) -> None:
@@ -174,9 +174,9 @@ def _sums(ours: Tensor, theirs: Tensor, name: str) -> Tensor:
         pairs = ((a_N, b_N), (a_N, a_N), (b_N, b_N))
         return torch.stack([(x * y).sum(dtype=torch.float64) for x, y in pairs])[:, None]
 
-    found = sums(a_N, b_N)
+    result = sums(a_N, b_N)
     # Products of damaged numbers may exceed float32.
-    return found if all_finite(found) else sums(a_N.double(), b_N.double())
+    return result if all_finite(result) else sums(a_N.double(), b_N.double())
 
 
 def _errors(sums: Tensor) -> Tensor:
@@ -185,25 +185,25 @@ def _errors(sums: Tensor) -> Tensor:
     return (ours_E - 2 * both_E + theirs_E).clamp(min=0) / theirs_E.clamp(min=1e-300)
 
 
-def _note_matrix(found: Likeness, name: str, sums: Tensor, *, linear: bool) -> None:
+def _note_matrix(likeness: Likeness, name: str, sums: Tensor, *, linear: bool) -> None:
     both_E, ours_E, theirs_E = sums
     correlation_E = both_E / (ours_E * theirs_E).sqrt().clamp(min=1e-300)
     worst = int(correlation_E.argmin())
     if float(correlation_E[worst]) < UNLIKE:
         of = f", expert {worst}" if len(correlation_E) > 1 else ""
-        found.unlike[name + of] = float(correlation_E[worst])
+        likeness.unlike[name + of] = float(correlation_E[worst])
     error_E = _errors(sums)
     if linear:
-        found.errors[name] = float(error_E.mean().sqrt())
+        likeness.errors[name] = float(error_E.mean().sqrt())
     far = float(error_E.masked_fill(correlation_E < UNLIKE, 0).max().sqrt())
     if far > FAR:
-        found.far[name] = far
+        likeness.far[name] = far
 
 
-def _note_vector(found: Likeness, name: str, sums: Tensor) -> None:
+def _note_vector(likeness: Likeness, name: str, sums: Tensor) -> None:
     error = float(_errors(sums).max().sqrt())
     if error > MOVED:
-        found.moved[name] = error
+        likeness.moved[name] = error
 
 
 def tokenizer_differences(checkpoint: Checkpoint, original: Any) -> list[str]:
@@ -221,8 +221,8 @@ def tokenizer_differences(checkpoint: Checkpoint, original: Any) -> list[str]:
     except CheckpointError as error:
         return [first_line(error)]
     ours, theirs = (_parts(tokenizer) for tokenizer in (own, original))
-    found = [key for key in theirs if ours.get(key) != theirs[key]]
-    differences = [f"another {', '.join(found)}"] if found else []
+    changed = [key for key in theirs if ours.get(key) != theirs[key]]
+    differences = [f"another {', '.join(changed)}"] if changed else []
     for token in ("bos_token_id", "eos_token_id"):
         if getattr(own, token) != getattr(original, token):
             differences.append(
@@ -321,8 +321,8 @@ def _has_several_scales(facts: ModelFacts) -> bool:
     for k in range(facts.layers):
         for site in facts.sites(k):
             names = (n.removesuffix(".weight") for n in names_on_disk(facts, k, site.weights))
-            found = {facts.input_numbers[name] for name in names if name in facts.input_numbers}
-            if len(found) > 1:
+            numbers = {facts.input_numbers[name] for name in names if name in facts.input_numbers}
+            if len(numbers) > 1:
                 return True
     return False
 

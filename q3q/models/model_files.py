@@ -77,13 +77,13 @@ def read_model_files(folder: Path) -> ModelFiles:
         files.shards.append(folder / shard)
     if twice:
         files.remarks.append(f"{_some(twice)} in several shards: the last one counts")
-    found = {name: stored.shard.name for name, stored in files.tensors.items()}
-    moved = [name for name in found if name not in twice and listed.get(name) != found[name]]
+    shards = {name: stored.shard.name for name, stored in files.tensors.items()}
+    moved = [name for name in shards if name not in twice and listed.get(name) != shards[name]]
     if moved:
         files.remarks.append(
             f"{_some(moved)} not in the shard that the index names, and read anyway"
         )
-    if lost := [name for name in listed if name not in found]:
+    if lost := [name for name in listed if name not in shards]:
         files.remarks.append(f"{_some(lost)} listed in the index, and in no shard: not needed")
     return files
 
@@ -127,8 +127,8 @@ def settle(facts: ModelFacts, files: ModelFiles) -> tuple[ModelFacts, list[str]]
 
 def unread(tensors: Collection[str], expected: Collection[str], facts: ModelFacts) -> list[str]:
     """Return remarks on stored tensors that this model has no place for, as a warning of them."""
-    known = {*expected, *([facts.family.head] if facts.tied else [])}
-    extra = [name for name in tensors if name not in known and "rotary_emb" not in name]
+    placed = {*expected, *([facts.family.head] if facts.tied else [])}
+    extra = [name for name in tensors if name not in placed and "rotary_emb" not in name]
     return [f"{_some(extra)} in the files, and not in this model: not read"] if extra else []
 
 

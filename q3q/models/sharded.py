@@ -310,9 +310,9 @@ class ShardedDecoder(Decoder):
                 )
                 for name, shape in facts.block_shapes(k).items()
             }
-        found = [fault for fault in self.team.gather(faults[0] if faults else None) if fault]
-        if found and self.team.rank == 0:
-            raise found[0]
+        gathered = [fault for fault in self.team.gather(faults[0] if faults else None) if fault]
+        if gathered and self.team.rank == 0:
+            raise gathered[0]
 
     def _stretch(self, shape: Sequence[int]) -> tuple[int, int]:
         """Return where this rank's share of a tensor's numbers begins, and how many it has."""

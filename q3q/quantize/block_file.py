@@ -111,9 +111,9 @@ def _bits_that_hold(codes: Mapping[str, tuple[Tensor, int]]) -> dict[str, int]:
     """
     counted = {name: part for name, (part, _) in codes.items() if part.numel()}
     largest = torch.stack([part.amax() for part in counted.values()]).tolist() if counted else []
-    found = dict(zip(counted, largest, strict=True))
+    largest_of = dict(zip(counted, largest, strict=True))
     return {
-        name: bits if found.get(name, 0) < 2**bits else PLAIN_BITS
+        name: bits if largest_of.get(name, 0) < 2**bits else PLAIN_BITS
         for name, (_, bits) in codes.items()
     }
 

@@ -45,7 +45,7 @@ class BlockStore:
     Args:
         finished: another such folder, read if the first lacks a block.
         identity: of the quantization, so that the blocks of another are not taken for these.
-        sure: called before a block is written; raises if another process makes these blocks.
+        check_claim: called before a block is written; raises if another process makes these blocks.
     """
 
     def __init__(
@@ -53,9 +53,9 @@ class BlockStore:
         folder: Path,
         finished: Path | None = None,
         identity: str = "",
-        sure: Callable[[], object] = lambda: None,
+        check_claim: Callable[[], object] = lambda: None,
     ) -> None:
-        self._sure = sure
+        self._check_claim = check_claim
         self.folder, self.finished, self.identity = folder, finished, identity
         self._stored: set[int] = set()
         self._loaded: set[int] = set()
@@ -115,7 +115,7 @@ class BlockStore:
     def _write(self, block: EncodedBlock) -> None:
         """Write a block's two files: the thread's work."""
         block.wait()
-        self._sure()
+        self._check_claim()
         digest = hashlib.sha256()
 
         def hashed() -> Iterator[bytes]:

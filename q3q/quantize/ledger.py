@@ -149,8 +149,8 @@ def stored_note(checkpoint: Checkpoint, *, in_files: bool) -> Json:
         in_files: the evaluated weights lie in files, and the record's `model_bytes` are theirs.
     """
     quantized = checkpoint.facts.quantized
-    known = {} if quantized is None else {"quantized": quantized}
-    return {"stored": {"dtype": checkpoint.stored_dtype, "in_files": in_files, **known}}
+    settings = {} if quantized is None else {"quantized": quantized}
+    return {"stored": {"dtype": checkpoint.stored_dtype, "in_files": in_files, **settings}}
 
 
 def _nominal_bits(checkpoint: Checkpoint) -> int:

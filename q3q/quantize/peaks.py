@@ -61,11 +61,11 @@ class SitePeaks:
             NumericsError: an input was not finite.
             IntegrityError: no calibration token reached a site.
         """
-        found = {
+        by_site = {
             site.name: peak.peak_EI.max() for site, peak in self._of.items() if len(peak.tokens_E)
         }
-        values = torch.stack(list(found.values())).tolist() if found else []  # one question
-        own = dict(zip(found, values, strict=True))
+        values = torch.stack(list(by_site.values())).tolist() if by_site else []  # one question
+        own = dict(zip(by_site, values, strict=True))
         peaks: dict[str, float] = {}
         for ranks in team.gather(own) if team.size > 1 else [own]:
             for site, peak in ranks.items():

@@ -70,11 +70,11 @@ class Rebalancing:
             for chunk in (its_chunks if self._of_experts(group) else its_chunks[:1])
             if chunk.quantizer.site not in self._shared
         ]
-        for group, chunk, scheme, found in searches:
+        for group, chunk, scheme, scales in searches:
             if chunk.owner == rank:
-                self._method.rebalance(self._task(group, chunk, found), scheme)
-        for group, chunk, _, found in searches:
-            scales_EI = broadcast(found, chunk.owner)
+                self._method.rebalance(self._task(group, chunk, scales), scheme)
+        for group, chunk, _, scales in searches:
+            scales_EI = broadcast(scales, chunk.owner)
             experts = chunk.experts if self._of_experts(group) else slice(None)
             weights = self._block.weights
             for number, wished_EI in enumerate(scales_EI):
@@ -94,9 +94,9 @@ class Rebalancing:
         """Return True if each expert's own linear feeds the group's site."""
         return self._block.weights[group.producer].ndim == 3
 
-    def _task(self, group: ScaleGroup, chunk: Chunk, found: list[Tensor]) -> ScaleTask:
+    def _task(self, group: ScaleGroup, chunk: Chunk, scales: list[Tensor]) -> ScaleTask:
         task = scale_task(
-            self._original, group, chunk.statistics, self._rope, self._activations, found.append
+            self._original, group, chunk.statistics, self._rope, self._activations, scales.append
         )
         return replace(task, experts=chunk.experts) if self._of_experts(group) else task
 

@@ -32,12 +32,12 @@ def blocks_of(
     wait: Callable[[Holder], object] = lambda holder: None,
     say: Callable[[str], object] = lambda line: None,
 ) -> Iterator[BlockStore]:
-    """Yield the trial's store of blocks; all that it was given are on the disk at the end.
+    """Yield the trial's store of blocks; at the end, all blocks that it received are on the disk.
 
-    If not all blocks are there already, nobody else makes them meanwhile.
+    If blocks are missing, no other process makes them before the end.
 
     Args:
-        wait: receives whoever makes them now, again and again; may raise to stop waiting.
+        wait: receives the process that makes them now, at every poll; may raise to stop waiting.
         say: receives a line if blocks are not used because the method's code changed.
 
     Raises:
@@ -59,7 +59,7 @@ def blocks_of(
             mirror.pull(f"{BLOCKS}/{name}")
         store = _usable(trial, claim.check, say)
         if mirror is not None and shares:
-            held.enter_context(uploading(mirror, f"{BLOCKS}/{name}", sure=claim.confirm))
+            held.enter_context(uploading(mirror, f"{BLOCKS}/{name}", check_claim=claim.confirm))
         if store.holds(count):
             held.close()  # they only have to be read; `BlockCache.trim` sees that the trial runs
         with store:
@@ -68,7 +68,7 @@ def blocks_of(
 
 def _usable(
     trial: Trial,
-    sure: Callable[[], object] = lambda: None,
+    check_claim: Callable[[], object] = lambda: None,
     say: Callable[[str], object] = lambda line: None,
 ) -> BlockStore:
     """Return the trial's store, but with no blocks that other code of a package's method made.
@@ -83,9 +83,9 @@ def _usable(
     if own in stale:
         forget_progress(trial)
     if not trial.placement.shares_blocks:
-        store = BlockStore(own, None if kept in stale else kept, identity, sure)
+        store = BlockStore(own, None if kept in stale else kept, identity, check_claim)
     else:
-        store = BlockStore(kept, None, identity, sure)
+        store = BlockStore(kept, None, identity, check_claim)
         if kept in stale:
             forget_progress(trial)
             store.delete()

@@ -110,8 +110,8 @@ def prompt_tokens(trial: Trial, tokenizer: Any, calibration: Calibration) -> lis
         return [[begin]]
     path = trial.placement.calibration_file(calibration.digest)
     text = load_text(calibration.prompts, split="calibration", path=path)
-    found = recipe(text, float(calibration.temperature or 0.0))
-    refuse_changed_text(found, calibration.digest, f"prompts {text.name}")
+    prompts = recipe(text, float(calibration.temperature or 0.0))
+    refuse_changed_text(prompts, calibration.digest, f"prompts {text.name}")
     text, encode = as_read(text, tokenizer, answers=True)
     tokens = [encode(document) for document in text.documents]
     for number, ids in enumerate(tokens, 1):

@@ -86,8 +86,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         storage = refreshed(options.storage)
         studies = [find_records(storage, name) for name in names or [None]]
-        given = options.against
-        against = None if given in (None, PAPER) else published_set(given)
+        choice = options.against
+        against = None if choice in (None, PAPER) else published_set(choice)
     except Q3QError as error:
         print(f"q3q: {error}", file=sys.stderr)
         return EXIT_MISUSED

@@ -23,7 +23,7 @@ class About:
     against_paper: speak of the paper even if none of its cells was run.
     against: other published numbers to compare with.
     margin: how much may be lost, in percent of a perplexity and in points of an accuracy; None if
-        nobody has said it.
+        it was not set.
     """
 
     name: str

@@ -45,7 +45,7 @@ PRINTED_IN = {
 
 
 @dataclass(frozen=True)
-class Cell:
+class PublishedNumber:
     """A printed number.
 
     value: nan where NaN is printed.
@@ -70,14 +70,14 @@ class PublishedSet:
 
     name: str
     printed_in: str
-    cells: tuple[Cell, ...]
+    cells: tuple[PublishedNumber, ...]
 
 
 @dataclass(frozen=True)
-class Beside:
+class ComparedNumber:
     """A printed number beside a trial's; ours is nan if it diverged."""
 
-    cell: Cell
+    cell: PublishedNumber
     record: TrialRecord
     ours: float
     verdict: str
@@ -88,7 +88,7 @@ class Against:
     """A comparison with a set of published numbers, for a report."""
 
     published: PublishedSet
-    compared: tuple[Beside, ...]
+    compared: tuple[ComparedNumber, ...]
 
     @property
     def title(self) -> str:
@@ -142,12 +142,12 @@ def published_set(name: str) -> PublishedSet:
         return PublishedSet(name, PRINTED_IN[name], read_cells(SETS[name]))
     path = Path(name).expanduser()
     if not path.is_file():
-        known = ", ".join(("paper", *SETS))
-        raise ReportError(f"--against {name}: neither one of {known}, nor a CSV file")
+        sets = ", ".join(("paper", *SETS))
+        raise ReportError(f"--against {name}: neither one of {sets}, nor a CSV file")
     return PublishedSet(path.stem, str(path.name), read_cells(path))
 
 
-def read_cells(path: Path) -> tuple[Cell, ...]:
+def read_cells(path: Path) -> tuple[PublishedNumber, ...]:
     """Return the cells of a CSV file.
 
     Raises:
@@ -173,16 +173,16 @@ def compare(records: Sequence[TrialRecord], published: PublishedSet) -> Against:
         if not record.completed:
             continue
         params = trial_params(record.spec)
-        for one in published.cells:
-            value = cell(record, one.metric)
+        for number in published.cells:
+            value = cell(record, number.metric)
             if not isinstance(value, float) and value != DIVERGED:
                 continue
-            if not _is_model(one.model, record.spec.model) or not _has(params, one.asked):
+            if not _is_model(number.model, record.spec.model) or not _has(params, number.asked):
                 continue
-            if _has_more_widths(record.spec) and _asks_for_one_width(one.asked):
+            if _has_more_widths(record.spec) and _asks_for_one_width(number.asked):
                 continue
             ours = value if isinstance(value, float) else math.nan
-            compared.append(Beside(one, record, ours, _verdict(one, record, ours)))
+            compared.append(ComparedNumber(number, record, ours, _verdict(number, record, ours)))
     return Against(published, tuple(compared))
 
 
@@ -194,8 +194,8 @@ def _check_columns(path: Path, columns: Sequence[str]) -> None:
             "column for each setting that a trial must have, such as method and bits"
         )
     twice = sorted({name for name in columns if columns.count(name) > 1})
-    known = (*NEEDED, *CHOICES, SOURCE)
-    unknown = [name for name in columns if name not in known and type_of(name) is None]
+    expected = (*NEEDED, *CHOICES, SOURCE)
+    unknown = [name for name in columns if name not in expected and type_of(name) is None]
     if unknown or twice:
         what = "not a setting of a trial" if unknown else "given more than once"
         raise ReportError(
@@ -205,7 +205,7 @@ def _check_columns(path: Path, columns: Sequence[str]) -> None:
         )
 
 
-def _cell(path: Path, line: int, row: Mapping[str, str]) -> Cell:
+def _cell(path: Path, line: int, row: Mapping[str, str]) -> PublishedNumber:
     where = f"{path}, line {line}"
     texts = {name: (text or "").strip() for name, text in row.items() if name}
     if row.get(""):
@@ -220,7 +220,9 @@ def _cell(path: Path, line: int, row: Mapping[str, str]) -> Cell:
             raise ReportError(f"{where}: it names no {name}")
     asked = {name: text for name, text in texts.items() if text and name not in (*NEEDED, SOURCE)}
     half = 0.5 * 10.0 ** _last_digit(printed)
-    return Cell(texts["model"], texts["metric"], value, half, asked, texts.get(SOURCE, ""))
+    return PublishedNumber(
+        texts["model"], texts["metric"], value, half, asked, texts.get(SOURCE, "")
+    )
 
 
 def _last_digit(printed: str) -> int:
@@ -268,13 +270,13 @@ def _value(text: str) -> object:
     return (type(value) is bool, value)
 
 
-def _verdict(one: Cell, record: TrialRecord, ours: float) -> str:
-    interval = record.intervals.get(one.metric)
-    unit = 100 if is_share(one.metric) else 1
-    return verdict(one.metric, ours, unit * one.value, interval, half=unit * one.half)
+def _verdict(number: PublishedNumber, record: TrialRecord, ours: float) -> str:
+    interval = record.intervals.get(number.metric)
+    unit = 100 if is_share(number.metric) else 1
+    return verdict(number.metric, ours, unit * number.value, interval, half=unit * number.half)
 
 
-def _difference(item: Beside) -> str:
+def _difference(item: ComparedNumber) -> str:
     ours, theirs = item.ours, item.cell.value
     if not math.isfinite(ours) or not math.isfinite(theirs):
         return "-"

@@ -199,16 +199,16 @@ class Answer:
         best = verdict.best
         if best is None:
             return f"nothing was measured ({' or '.join(verdict.outcomes) or 'no result'})."
-        first, found = self.metrics[0], verdict.changes[0]
+        first, change = self.metrics[0], verdict.changes[0]
         if not verdict.clear:
-            leaders = [self._led(first, best, found) + (FROM if found else "")]
+            leaders = [self._led(first, best, change) + (FROM if change else "")]
             leaders += [
                 self._led(rival.metric, rival.pool, rival.change) for rival in verdict.rivals
             ]
             return f"{NO_WINNER}. {'; '.join(leaders)}."
         place = self._in_words(first)
-        by = f", {found.amount}{FROM}" if found else ""
-        tested = f" ({SAME})" if found is not None and found.distinguishable is False else ""
+        by = f", {change.amount}{FROM}" if change else ""
+        tested = f" ({SAME})" if change is not None and change.distinguishable is False else ""
         if verdict.alone:
             value = f"its {place} is {best.shown(first)}{by}{tested}"
             return f"only {best.label} was measured; {value}."
@@ -225,8 +225,8 @@ class Answer:
             text += f" Not tested against it: {', '.join(verdict.untested)}."
         return text
 
-    def _led(self, metric: str, pool: Pool, found: Change | None) -> str:
-        by = f", {found.amount}" if found else ""
+    def _led(self, metric: str, pool: Pool, change: Change | None) -> str:
+        by = f", {change.amount}" if change else ""
         return f"{pool.label} has the {lowest(metric)} {self._in_words(metric)}{by}"
 
     def _row(self, verdict: Verdict) -> tuple[str, ...]:
@@ -239,8 +239,8 @@ class Answer:
         mark = MARK if any(record.spec.id in self.other_code for record in best.records) else ""
         numbers = [
             text
-            for metric, found in zip(self.metrics, verdict.changes, strict=True)
-            for text in (best.shown(metric), str(found or UNKNOWN))
+            for metric, change in zip(self.metrics, verdict.changes, strict=True)
+            for text in (best.shown(metric), str(change or UNKNOWN))
         ]
         equals = [", ".join(verdict.equal)] if verdict.equal else []
         equals += [f"{UNTESTED}: {', '.join(verdict.untested)}"] if verdict.untested else []
@@ -276,19 +276,21 @@ def answers(
         context: tokens of a text whose cache counts in sizes.
     """
     outliers = other_versions(records)
-    found = (_answer(name, group, outliers, margin) for name, group in comparable(records).items())
+    candidates = (
+        _answer(name, group, outliers, margin) for name, group in comparable(records).items()
+    )
     return [
         replace(answer, memory=Memory.of([r for p in answer.tried for r in p.records], context))
-        for answer in found
+        for answer in candidates
         if answer
     ]
 
 
-def sentences(found: Sequence[Answer]) -> list[str]:
+def sentences(shown: Sequence[Answer]) -> list[str]:
     """Return the sentences of all answers; where there are several, each with its answer's name."""
-    if len(found) == 1:
-        return found[0].sentences()
-    return [f"{answer.name}: {line}" for answer in found for line in answer.sentences()]
+    if len(shown) == 1:
+        return shown[0].sentences()
+    return [f"{answer.name}: {line}" for answer in shown for line in answer.sentences()]
 
 
 def _answer(
@@ -370,8 +372,8 @@ def _rival(
     if same:
         return None
     tested = None if same is None else True
-    found = tests.change(other, metric)
-    return Rival(other, found, metric, tested, tied=alike.get(other.label) is True)
+    change = tests.change(other, metric)
+    return Rival(other, change, metric, tested, tied=alike.get(other.label) is True)
 
 
 def lowest(metric: str) -> str:

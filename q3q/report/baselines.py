@@ -22,15 +22,15 @@ def with_baselines(records: Sequence[TrialRecord]) -> list[TrialRecord]:
 
     The added records are no trials of the study: no list of its trials should have them.
     """
-    known = {conditions_of(r.spec) for r in records if is_reference(r) and r.completed}
+    measured = {conditions_of(r.spec) for r in records if is_reference(r) and r.completed}
     added = []
     for record in records:
         conditions = conditions_of(record.spec)
-        if conditions in known or not record.completed or record.spec.rounds_nothing:
+        if conditions in measured or not record.completed or record.spec.rounds_nothing:
             continue
         for baseline in (_on_disk(record.trial), _noted(record)):
             if baseline is not None and conditions_of(baseline.spec) == conditions:
-                known.add(conditions)
+                measured.add(conditions)
                 added.append(baseline)
                 break
     return [*records, *added]

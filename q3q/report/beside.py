@@ -196,8 +196,8 @@ def _table(
         for number, other in enumerate(columns[1:])
     }
     # A table's changes are one family of tests.
-    found = [cell for cell in cells.values() if isinstance(cell, Change)]
-    tested = iter(corrected(found))
+    changes = [cell for cell in cells.values() if isinstance(cell, Change)]
+    tested = iter(corrected(changes))
     words = {
         place: str(next(tested)) if isinstance(cell, Change) else cell
         for place, cell in cells.items()
@@ -257,8 +257,8 @@ def _change(
     asked = [asked_of(pool.spec.evaluation, metric) for pool in (ours, theirs)]
     if asked[0] != asked[1]:
         return OTHERWISE
-    found = change_between(ours, theirs, metric)
-    return ABSENT if found is None else found
+    change = change_between(ours, theirs, metric)
+    return ABSENT if change is None else change
 
 
 def _order(

@@ -125,20 +125,20 @@ def budgets(
     def choice(budget: float, best: Pool) -> Choice:
         others = [pool for size, pool in sized if size.value <= budget and pool is not best]
         same = [(pool, tests.same(best, pool, metric)) for pool in others]
-        tied = tuple(pool for pool, found in same if found)
-        untested = tuple(pool for pool, found in same if found is None)
+        tied = tuple(pool for pool, tie in same if tie)
+        untested = tuple(pool for pool, tie in same if tie is None)
         size = next(size for size, pool in sized if pool is best)
         return Choice(budget, best, size, tests.change(best, metric), tied, untested)
 
-    found: list[Choice] = []
+    choices: list[Choice] = []
     for budget in _steps([size.value for size, _ in sized]):
         within = [pool for size, pool in sized if size.value <= budget]
         best = best_of(within, metric)
-        if best is not None and (not found or found[-1].best is not best):
-            found.append(choice(budget, best))
-    if all(each.best is not chosen for each in found):
-        found += [choice(size.value, pool) for size, pool in sized if pool is chosen]
-    return sorted(found, key=lambda each: each.budget)
+        if best is not None and (not choices or choices[-1].best is not best):
+            choices.append(choice(budget, best))
+    if all(each.best is not chosen for each in choices):
+        choices += [choice(size.value, pool) for size, pool in sized if pool is chosen]
+    return sorted(choices, key=lambda each: each.budget)
 
 
 def best_of(tried: Sequence[Pool], metric: str) -> Pool | None:

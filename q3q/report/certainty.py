@@ -59,8 +59,8 @@ class Certainty:
     def _by_task(self) -> Mapping[str, Mapping[str, "Flips"]]:
         if self.accuracy is None or self.reference is None:
             return {}
-        found = {p.name: flips_of_tasks(p, self.reference, self.accuracy) for p in self.tried}
-        return {name: tasks for name, tasks in found.items() if tasks is not None}
+        flips = {p.name: flips_of_tasks(p, self.reference, self.accuracy) for p in self.tried}
+        return {name: tasks for name, tasks in flips.items() if tasks is not None}
 
     def smallest_loss(self, pool: Pool) -> float | None:
         """Return the smallest difference in accuracy that could have been shown, as a share.
@@ -71,22 +71,22 @@ class Certainty:
         tasks = self._by_task.get(pool.name)
         if tasks is None or self.accuracy is None:
             return None
-        counts = [self._asked(pool, found) for found in tasks.values()]
+        counts = [self._asked(pool, flips) for flips in tasks.values()]
         return smallest_difference(
             effective_questions(counts),
-            effective_discordance([found.share for found in tasks.values()], counts),
+            effective_discordance([flips.share for flips in tasks.values()], counts),
             level=LEVEL / max(1, self.tests.of_changes[self.accuracy].size),
         )
 
     @property
     def asked(self) -> int:
         """How many questions a trial was asked."""
-        counts = (self._asked(p, found) for p in self.tried if (found := self.flips.get(p.name)))
+        counts = (self._asked(p, flips) for p in self.tried if (flips := self.flips.get(p.name)))
         return max(counts, default=0)
 
-    def _asked(self, pool: Pool, found: "Flips") -> int:
+    def _asked(self, pool: Pool, flips: "Flips") -> int:
         """Return how many different questions there were: seeds ask the same ones again."""
-        return found.n // max(1, sum(record.completed for record in pool.records))
+        return flips.n // max(1, sum(record.completed for record in pool.records))
 
     @cached_property
     def equivalent(self) -> Mapping[str, Mapping[str, bool]]:
@@ -95,8 +95,8 @@ class Certainty:
         Corrected by Holm's method over the choices. What has no paired interval is left out.
         """
         return {
-            metric: {name: p < LEVEL for name, p in holm(found).items()}
-            for metric, found in self._equivalence.items()
+            metric: {name: p < LEVEL for name, p in holm(p_values).items()}
+            for metric, p_values in self._equivalence.items()
         }
 
     @cached_property
@@ -110,28 +110,28 @@ class Certainty:
             unit = math.log1p(self.margin / 100) if is_perplexity(metric) else self.margin / 100
             own = result.setdefault(metric, {})
             for pool in self.tried:
-                found = self.tests.change(pool, metric)
-                if found is not None and found.paired is not None:
-                    p_value = equivalence(found.paired, unit)
+                change = self.tests.change(pool, metric)
+                if change is not None and change.paired is not None:
+                    p_value = equivalence(change.paired, unit)
                     if p_value is not None:
                         own[pool.name] = p_value
         return result
 
     def unpaired(self, metric: str) -> list[str]:
         """Return the choices whose equivalence cannot be tested, as no samples are paired."""
-        known = self._equivalence.get(metric, {})
+        tested = self._equivalence.get(metric, {})
         return [
             pool.name
             for pool in self.tried
-            if isinstance(pool.cell(metric), float) and pool.name not in known
+            if isinstance(pool.cell(metric), float) and pool.name not in tested
         ]
 
     def tables(self, name: str) -> list[Table]:
         """Return a table of flips, and one of equivalence for each measure; none where unknown."""
-        found = [self._flips_table(name)] if self.flips else []
+        tables = [self._flips_table(name)] if self.flips else []
         if self.margin is not None:
-            found += [self._margin_table(name, metric) for metric in self.metrics]
-        return [table for table in found if table.rows]
+            tables += [self._margin_table(name, metric) for metric in self.metrics]
+        return [table for table in tables if table.rows]
 
     def _flips_table(self, name: str) -> Table:
         rows = []

@@ -92,7 +92,7 @@ def change_between(ours: Pool, theirs: Pool, metric: str) -> Change | None:
 
 
 def p_of_pair(
-    first: Pool, second: Pool, reference: Pool | None, found: Change | None
+    first: Pool, second: Pool, reference: Pool | None, change_of_pair: Change | None
 ) -> float | None:
     """Return how often chance alone makes two pools differ so; None if that is unknown.
 
@@ -106,12 +106,12 @@ def p_of_pair(
     Args:
         found: the change from the second to the first; None if one has no number.
     """
-    if found is None:
+    if change_of_pair is None:
         return None
-    metric = found.metric
+    metric = change_of_pair.metric
     if first.cell(metric) == second.cell(metric):
         return 1.0
-    paired = found.paired or difference(first, second, metric)
+    paired = change_of_pair.paired or difference(first, second, metric)
     if paired is not None:
         return p_of(paired)
     of_seeds = p_by_seeds(first, second, metric)

@@ -154,5 +154,5 @@ def _plain(spec: TrialSpec) -> TrialSpec:
 def _changed(budget: Pool, uniform: Pool, metric: str) -> str:
     if not any("bits" in change for change in budget.spec.overrides.values()):
         return SAME_WIDTHS
-    found = change_between(budget, uniform, metric)
-    return "-" if found is None else str(found)
+    difference = change_between(budget, uniform, metric)
+    return "-" if difference is None else str(difference)

@@ -77,9 +77,9 @@ def current_report(records: Sequence[TrialRecord], folder: Path, about: About) -
         OSError: it cannot be written.
     """
     made_from = _made_from(records, about)
-    found = _found(folder, made_from)
-    if found is not None:
-        return found
+    current = _found(folder, made_from)
+    if current is not None:
+        return current
     from q3q.report.write import write_report
 
     report = write_report(records, folder, about)
@@ -128,7 +128,7 @@ def _made_from(records: Sequence[TrialRecord], about: About) -> str:
 def _facts_of(record: TrialRecord) -> Json:
     # The number of a file that the record has no digest of is its content's.
     folder = record.trial.folder
-    unnamed = [name for name, known in record.files.items() if known is None]
+    unnamed = [name for name, checksum in record.files.items() if checksum is None]
     return {
         "record": record.to_json(),
         "places": [str(folder), str(record.placement.export), str(record.placement.baseline)],

@@ -53,20 +53,23 @@ class Family:
         return None if p_value is None else p_value >= LEVEL
 
     def table(self) -> Table:
-        """Return a row for each test that was made, the clearest first, but for what is certain."""
-        tests = [(frozenset(names), *names, found) for names, found in self.changes.items()]
+        """Return a row for each test with a corrected p of at least CERTAIN, the clearest first."""
+        tests = [
+            (frozenset(names), *names, change_of_pair)
+            for names, change_of_pair in self.changes.items()
+        ]
         made = [test for test in tests if test[0] in self.corrected]
         made.sort(key=lambda test: (self.p_values[test[0]] or 0.0, sorted(test[0])))
         certain = sum(p < CERTAIN for p in self.corrected.values())
         rows = tuple(
             (
                 f"{first} against {second}",
-                "-" if found is None else found.amount,
+                "-" if change_of_pair is None else change_of_pair.amount,
                 probability(self.p_values[key] or 0.0),
                 probability(self.corrected[key]),
                 "the same within chance" if self.same(key) else "different",
             )
-            for key, first, second, found in made
+            for key, first, second, change_of_pair in made
             if self.corrected[key] >= CERTAIN
         )
         note = f"{certain} of these differ with a corrected p below {CERTAIN}." if certain else ""
@@ -123,26 +126,26 @@ def families(tried: Sequence[Pool], reference: Pool | None, metrics: Sequence[st
             pair(a, b): p_of_pair(a, b, reference, between[a.name, b.name]) for a, b in both
         }
         pairs[metric] = Family(f"{plural(len(both), 'pair')} {where}, by {by}", p_values, between)
-        found = {pool.name: change(pool, reference, metric) for pool in measured}
-        known = {name: each for name, each in found.items() if each is not None}
+        by_pool = {pool.name: change(pool, reference, metric) for pool in measured}
+        tested = {name: each for name, each in by_pool.items() if each is not None}
         name = reference.name if reference else "the unquantized model"
-        tests = {frozenset((key, name)): _p_of_change(each) for key, each in known.items()}
+        tests = {frozenset((key, name)): _p_of_change(each) for key, each in tested.items()}
         family = Family(
-            f"{plural(len(known), 'change')} from the unquantized model, by {by}",
+            f"{plural(len(tested), 'change')} from the unquantized model, by {by}",
             tests,
-            {(key, name): each for key, each in known.items()},
+            {(key, name): each for key, each in tested.items()},
         )
         of_changes[metric] = family
         changes[metric] = {
             key: _corrected(each, family.same(frozenset((key, name))))
-            for key, each in known.items()
+            for key, each in tested.items()
         }
     return Families(pairs, changes, of_changes)
 
 
-def corrected(found: Iterable[Change | None]) -> list[Change | None]:
+def corrected(changes: Iterable[Change | None]) -> list[Change | None]:
     """Return changes of one family, each with what its corrected test says."""
-    every = list(found)
+    every = list(changes)
     p_values = {
         number: p
         for number, each in enumerate(every)
@@ -155,14 +158,14 @@ def corrected(found: Iterable[Change | None]) -> list[Change | None]:
     ]
 
 
-def _corrected(found: Change, same: bool | None) -> Change:
-    return found if same is None else replace(found, distinguishable=not same)
+def _corrected(test: Change, same: bool | None) -> Change:
+    return test if same is None else replace(test, distinguishable=not same)
 
 
-def _p_of_change(found: Change) -> float | None:
-    if found.p_value is not None or found.distinguishable is None:
-        return found.p_value
-    return 0.0 if found.distinguishable else 1.0
+def _p_of_change(test: Change) -> float | None:
+    if test.p_value is not None or test.distinguishable is None:
+        return test.p_value
+    return 0.0 if test.distinguishable else 1.0
 
 
 def _by(metric: str) -> str:

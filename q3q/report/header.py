@@ -66,8 +66,8 @@ def _shared(scheme: Scheme) -> str:
 def _models(records: Sequence[TrialRecord]) -> str:
     words = []
     for model, trials in by_model(in_order(records)).items():
-        known = (size for record in trials if (size := parameters_of(record)) is not None)
-        parameters = next(known, None)
+        sizes = (size for record in trials if (size := parameters_of(record)) is not None)
+        parameters = next(sizes, None)
         counted = "" if parameters is None else f"{_count(parameters)} parameters, "
         own = [record for record in trials if not is_floor(record)]
         types = " and ".join(dict.fromkeys(record.spec.model.dtype for record in own or trials))
@@ -89,11 +89,14 @@ def _calibrations(records: Iterable[TrialRecord]) -> str:
 
 def _runs(records: Sequence[TrialRecord]) -> str:
     """Say when and on what hardware the trials ran, as far as their records know."""
-    known = [record.environment for record in records]
+    environments = [record.environment for record in records]
     moments = sorted(
-        str(moment) for each in known for key in ("started", "ended") if (moment := each.get(key))
+        str(moment)
+        for each in environments
+        for key in ("started", "ended")
+        if (moment := each.get(key))
     )
-    hardware = [each["hardware"] for each in known if isinstance(each.get("hardware"), dict)]
+    hardware = [each["hardware"] for each in environments if isinstance(each.get("hardware"), dict)]
     machines = dict.fromkeys(
         str(machine.get("gpu") or f"{machine.get('processor') or 'a CPU'}, without a GPU")
         for machine in hardware

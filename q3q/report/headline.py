@@ -1,4 +1,4 @@
-"""The answer in numbers, for people who see a study among others."""
+"""The best value of each metric at each bit width, for lists of several studies."""
 
 import math
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ def headline(records: Sequence[TrialRecord]) -> dict[str, float]:
     evaluations, theirs comes first.
     """
     groups = comparable(records)
-    found: dict[str, float] = {}
+    best_values: dict[str, float] = {}
     for name, group in groups.items():
         start = f"{name}/" if len(groups) > 1 else ""
         for metric in judged_metrics(group):
@@ -32,5 +32,7 @@ def headline(records: Sequence[TrialRecord]) -> dict[str, float]:
             for place in dict.fromkeys(places):
                 own = [pool for pool, other in zip(tried, places, strict=True) if other == place]
                 best = best_of(own, metric)
-                found[f"{start}{place}/{words}"] = float(best.cell(metric)) if best else math.nan
-    return found
+                best_values[f"{start}{place}/{words}"] = (
+                    float(best.cell(metric)) if best else math.nan
+                )
+    return best_values

@@ -80,8 +80,8 @@ class Bench:
 
     def tables(self) -> list[Table]:
         """Return the verdict, the KL by confidence and the tasks' changes, where measured."""
-        found = [self._verdict(), self._by_confidence(), self._of_tasks()]
-        return [table for table in found if table is not None]
+        tables = [self._verdict(), self._by_confidence(), self._of_tasks()]
+        return [table for table in tables if table is not None]
 
     def findings(self) -> list[str]:
         """Say what is odd about each checkpoint's files, a line each."""
@@ -148,10 +148,10 @@ class Bench:
         kl = self.kl_metrics[0]
         if one.cell(kl) == other.cell(kl):
             return False
-        found = difference(one, other, kl)
+        test = difference(one, other, kl)
         # Numbers that are not finite have no difference to test, and are told from finite ones.
-        if found is not None and (found.p_value is not None or found.difference is None):
-            return found.distinguishable
+        if test is not None and (test.p_value is not None or test.difference is None):
+            return test.distinguishable
         ends = [pool.records[0].intervals.get(kl) for pool in (one, other)]
         if ends[0] is None or ends[1] is None:
             return None
@@ -246,10 +246,10 @@ class Bench:
 
     def _accuracy(self, pool: Pool) -> str:
         """Return the change of the mean accuracy, short where no test finds one."""
-        found = change(pool, self.original, MEAN_ACCURACY)
-        if found is None:
+        accuracy = change(pool, self.original, MEAN_ACCURACY)
+        if accuracy is None:
             return ABSENT
-        return found.amount if found.distinguishable is False else str(found)
+        return accuracy.amount if accuracy.distinguishable is False else str(accuracy)
 
     @property
     def _has_mean(self) -> bool:
@@ -291,10 +291,10 @@ class Bench:
                         for what in ("kl", "flips", "share")
                     ]
                     kl, flips, share = (v if isinstance(v, float) else None for v in values)
-                    known = kl is not None and flips is not None
+                    measured = kl is not None and flips is not None
                     cells.append(
                         f"{significant(kl, 3)} ({percent(flips, 1)} %)"  # type: ignore[arg-type]
-                        if known
+                        if measured
                         else ABSENT
                     )
                     if share is not None and text == self._texts[0]:
@@ -335,8 +335,8 @@ def benches(records: Sequence[TrialRecord]) -> list[Bench]:
         if (reference := record.spec.reference) is not None:
             evaluation = record.spec.evaluation.to_json()
             groups.setdefault(digest({"r": reference.identity, "e": evaluation}), []).append(record)
-    found = (_bench(group, records) for group in groups.values())
-    return [bench for bench in found if bench is not None]
+    candidates = (_bench(group, records) for group in groups.values())
+    return [bench for bench in candidates if bench is not None]
 
 
 def is_judged(record: TrialRecord) -> bool:
@@ -358,9 +358,9 @@ def findings_of(record: TrialRecord) -> list[str]:
         for name, value in unlike.items()
     ]
     for key, words in (("tokenizer", "its tokenizer differs: "), ("doubts", ""), ("inexact", "")):
-        found = note.get(key) or []
-        assert isinstance(found, list)
-        lines += [f"{words}{line}" for line in found]
+        remarks = note.get(key) or []
+        assert isinstance(remarks, list)
+        lines += [f"{words}{line}" for line in remarks]
     return lines + [str(line) for line in record.notes.get("checkpoint", [])]
 
 
@@ -374,8 +374,8 @@ def _bench(group: Sequence[TrialRecord], records: Sequence[TrialRecord]) -> Benc
         for record in records
         if record.completed and record.spec.rounds_nothing and conditions_of(record.spec) == own
     ]
-    floors = [one for one in group if is_floor(one)]
-    others = [one for one in group if one not in floors]
+    floors = [record for record in group if is_floor(record)]
+    others = [record for record in group if record not in floors]
     if not originals or not others:
         return None
     texts = _texts_of(spec)
@@ -395,7 +395,7 @@ def _bench(group: Sequence[TrialRecord], records: Sequence[TrialRecord]) -> Benc
     ]
     pools = [Pool(label, (record,)) for label, record in zip(labels, others, strict=True)]
     pools.sort(key=lambda pool: rank(pool.records[0]))
-    floor = next((one for one in floors if one.completed), None)
+    floor = next((record for record in floors if record.completed), None)
     return Bench(
         Pool(spec.reference.label, (originals[0],)),
         None
@@ -428,5 +428,5 @@ def _name(spec: TrialSpec) -> str:
 
 
 def _changed(pool: Pool, original: Pool, metric: str) -> str:
-    found: Change | None = change(pool, original, metric)
-    return ABSENT if found is None else str(found)
+    shift: Change | None = change(pool, original, metric)
+    return ABSENT if shift is None else str(shift)

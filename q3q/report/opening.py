@@ -52,12 +52,12 @@ def _advice(answer: Answer) -> str:
     of = f" of {megabytes(whole.value)}" if size and whole else ""
     if memory is not None:
         of += f", each with the cache of {memory.context:,} tokens"
-    found = answer.tests.change(pool, metric)
+    change = answer.tests.change(pool, metric)
     cost = (
         f"its {in_words(metric)} is {pool.shown(metric)}"
-        if found is None
-        else f"its {in_words(metric)} changes by {found.amount}{FROM}"
-        + (", which chance explains" if found.distinguishable is False and found.value else "")
+        if change is None
+        else f"its {in_words(metric)} changes by {change.amount}{FROM}"
+        + (", which chance explains" if change.distinguishable is False and change.value else "")
     )
     named = f"{_named(pool)}{f' ({bytes_}{of})' if bytes_ else ''}"
     take = "Take " if len(answer.at_all) > 1 else ""
@@ -154,8 +154,8 @@ def _led(verdict: Verdict) -> str:
 def _range(answer: Answer, pools: Sequence[Pool]) -> str:
     """Return the change of one choice, or of the least to the most: `+0.9 to +1.4 %`."""
     metric = answer.metrics[0]
-    found = [answer.tests.change(pool, metric) for pool in pools]
-    values = sorted(each.value for each in found if each is not None)
+    changes = [answer.tests.change(pool, metric) for pool in pools]
+    values = sorted(each.value for each in changes if each is not None)
     if len(values) < len(pools):
         return " to ".join(dict.fromkeys(pool.shown(metric) for pool in (pools[0], pools[-1])))
     unit = "%" if is_perplexity(metric) else "points"
@@ -200,12 +200,12 @@ def _of_accuracy(answer: Answer) -> list[str]:
     pools = [pool for pool in answer.tried if isinstance(pool.cell(metric), float)]
     tested, worse, untested = [], [], []
     for pool in pools:
-        found = answer.tests.change(pool, metric)
-        if found is None or (found.distinguishable is None and found.value):
+        change = answer.tests.change(pool, metric)
+        if change is None or (change.distinguishable is None and change.value):
             untested.append(pool)
             continue
         tested.append(pool)
-        if found.distinguishable and found.value < 0:
+        if change.distinguishable and change.value < 0:
             worse.append(pool)
     words = in_words(metric)
     if not tested:

@@ -87,7 +87,7 @@ class Contents:
         return f"{trials}: {len(self.records) - failed} completed, {failed} failed."
 
 
-class Cell(NamedTuple):
+class CellParts(NamedTuple):
     """A table cell's parts: a verdict in front, text, an interval (with what follows it) behind."""
 
     verdict: str = ""
@@ -242,14 +242,14 @@ def _published(contents: Contents) -> list[str]:
     return parts
 
 
-def _cell_parts(text: str) -> Cell:
+def _cell_parts(text: str) -> CellParts:
     match = re.fullmatch(r"(.*?) (\[[^\]]*\].*)", text)
     if match:
-        return Cell(text=match[1], interval=match[2])
+        return CellParts(text=match[1], interval=match[2])
     word = text.partition(" ")[0]
     if word in VERDICTS:
-        return Cell(verdict=word, text=text.removeprefix(word))
-    return Cell(text=text)
+        return CellParts(verdict=word, text=text.removeprefix(word))
+    return CellParts(text=text)
 
 
 def _inline_svg(plot: Plot) -> Markup:

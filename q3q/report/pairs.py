@@ -40,10 +40,10 @@ def difference(ours: Pool, theirs: Pool, metric: str) -> Comparison | None:
         parts = [difference(ours, theirs, task) for task in mean_metrics(ours.spec)]
         complete = [part for part in parts if part is not None]
         return stratified(complete) if len(complete) == len(parts) else None
-    found = _aligned(ours, theirs, metric)
-    if found is None:
+    aligned = _aligned(ours, theirs, metric)
+    if aligned is None:
         return None
-    ratio, [first], [second] = found
+    ratio, [first], [second] = aligned
     try:
         return compare(metric, first, second, ratio=ratio)
     except IntegrityError:
@@ -57,9 +57,9 @@ def flips_of_tasks(ours: Pool, theirs: Pool, metric: str) -> "dict[str, Flips] |
         None if a task has none.
     """
     tasks = mean_metrics(ours.spec) if metric == MEAN_ACCURACY else [metric]
-    found = {task: flipped(ours, theirs, task) for task in tasks}
-    known = {task: each for task, each in found.items() if each is not None}
-    return known if known and len(known) == len(found) else None
+    flips_by_task = {task: flipped(ours, theirs, task) for task in tasks}
+    counted = {task: each for task, each in flips_by_task.items() if each is not None}
+    return counted if counted and len(counted) == len(flips_by_task) else None
 
 
 def flipped(ours: Pool, theirs: Pool, task: str) -> "Flips | None":
@@ -70,10 +70,10 @@ def flipped(ours: Pool, theirs: Pool, task: str) -> "Flips | None":
     """
     from q3q.evaluate.flips import flips
 
-    found = _aligned(ours, theirs, task)
-    if found is None:
+    aligned = _aligned(ours, theirs, task)
+    if aligned is None:
         return None
-    _, seeds, [baseline, *_] = found
+    _, seeds, [baseline, *_] = aligned
     total: Flips | None = None
     for scores in seeds:
         counted = flips(scores, baseline)
@@ -92,10 +92,10 @@ def _over_seeds(ours: Pool, theirs: Pool, metric: str) -> Comparison | None:
     sides: tuple[list[Floats], list[Floats]] = ([], [])
     ratio = False
     for task in mean_metrics(ours.spec) if metric == MEAN_ACCURACY else [metric]:
-        found = _aligned(ours, theirs, task)
-        if found is None:
+        aligned = _aligned(ours, theirs, task)
+        if aligned is None:
             return None
-        ratio, *pair = found
+        ratio, *pair = aligned
         keys = sorted(pair[0][0])
         if len(keys) < FEWEST_PAIRS or any(s.keys() != pair[0][0].keys() for p in pair for s in p):
             return None
@@ -138,14 +138,14 @@ def stratified(parts: Sequence[Comparison]) -> Comparison | None:
         return mean + sign * math.hypot(*reach) / len(parts) if len(reach) == len(parts) else None
 
     low, high = end([part.low for part in parts], -1), end([part.high for part in parts], 1)
-    known = low is not None and high is not None
+    bounded = low is not None and high is not None
     return Comparison(
         metric=MEAN_ACCURACY,
         difference=mean,
         low=low,
         high=high,
         distinguishable=low is not None and high is not None and not low <= 0 <= high,
-        p_value=p_of_interval(mean, low, high) if known else None,  # type: ignore[arg-type]
+        p_value=p_of_interval(mean, low, high) if bounded else None,  # type: ignore[arg-type]
         n=sum(part.n for part in parts),
         test="intervals of the tasks, stratified",
     )
@@ -213,12 +213,12 @@ def _read(
     from q3q.evaluate.samples import SCORED, measured, read_samples
 
     try:
-        found = measured(read_samples(path, SCORED, digest), quick)
+        scores_of_metrics = measured(read_samples(path, SCORED, digest), quick)
     except (IntegrityError, KeyError, TypeError):  # a damaged file counts as missing
         return {}
     # Trials have the same samples, so their names are kept once.
     return {
         metric: {intern(sample): score for sample, score in scores.items()}
-        for metric, scores in found.items()
+        for metric, scores in scores_of_metrics.items()
         if metric in metrics
     }

@@ -82,8 +82,8 @@ def cache_shape_of(records: Sequence[TrialRecord]) -> CacheShape | None:
         note = record.notes.get(CACHE)
         if isinstance(note, dict):
             return CacheShape(numbers=int(note["numbers"]), head_dim=int(note["head_dim"]))
-    known = (facts_of_trial(record.trial) for record in records)
-    return next((cache_shape(facts) for facts in known if facts is not None), None)
+    facts_of_trials = (facts_of_trial(record.trial) for record in records)
+    return next((cache_shape(facts) for facts in facts_of_trials if facts is not None), None)
 
 
 def cache_scheme_of(record: TrialRecord) -> KvScheme | None:
@@ -100,21 +100,21 @@ def parameters_of(record: TrialRecord) -> float | None:
     return 8 * record.metrics["model_bytes"] / record.metrics[BITS_PER_WEIGHT_MODEL]
 
 
-def said(rules: Iterable[str], metric: str = BITS_PER_WEIGHT_MODEL) -> str:
-    """Say which rules the sizes of one table or plot follow, marking the counted ones."""
+def sizes_note(rules: Iterable[str], metric: str = BITS_PER_WEIGHT_MODEL) -> str:
+    """Return a note on the rules that one table's or plot's sizes follow, counted ones marked."""
     words = RULES_OF_LINEARS if metric == BITS_PER_WEIGHT else RULES
-    found = [rule for rule in words if rule in set(rules)]
-    if len(found) < 2:
-        return "".join(f"Sizes: {words[rule]}." for rule in found)
-    marks = [f"{number_of(rule, found)}: {words[rule]}" for rule in found if rule != FILES]
-    unmarked = f"Sizes without a mark: {words[FILES]}. " if FILES in found else ""
+    used = [rule for rule in words if rule in set(rules)]
+    if len(used) < 2:
+        return "".join(f"Sizes: {words[rule]}." for rule in used)
+    marks = [f"{number_of(rule, used)}: {words[rule]}" for rule in used if rule != FILES]
+    unmarked = f"Sizes without a mark: {words[FILES]}. " if FILES in used else ""
     return unmarked + ". ".join(marks).strip() + "."
 
 
-def number_of(rule: str, found: Iterable[str]) -> str:
+def number_of(rule: str, used: Iterable[str]) -> str:
     """Return the mark of a size in a table with several rules: none for files, else †, ††."""
-    counted = [name for name in RULES if name in set(found) and name != FILES]
-    several = len(set(found)) > 1
+    counted = [name for name in RULES if name in set(used) and name != FILES]
+    several = len(set(used)) > 1
     return "†" * (1 + counted.index(rule)) if several and rule in counted else ""
 
 

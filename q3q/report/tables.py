@@ -28,7 +28,7 @@ from q3q.report.measures import (
     title,
 )
 from q3q.report.pools import Pool, pools
-from q3q.report.sizes import SIZES, bits_of_weight, bytes_of, number_of, said
+from q3q.report.sizes import SIZES, bits_of_weight, bytes_of, number_of, sizes_note
 from q3q.spec import MEAN_ACCURACY, SELDOM_OF_SCHEME, digest
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ def _size_table(model: str, records: Sequence[TrialRecord], metric: str) -> Tabl
     grid = method_by_bits(records, metric, content)
     columns = ("method \\ bits", *map(str, grid.columns))
     rows = tuple((str(label), *map(str, row)) for label, *row in grid.itertuples())
-    return Table(f"{model}: {title(metric)}", columns, rows, said(rules, metric))
+    return Table(f"{model}: {title(metric)}", columns, rows, sizes_note(rules, metric))
 
 
 def method_by_bits(
@@ -186,8 +186,8 @@ def trial_table(
         measured += [name, f"{name}.low", f"{name}.high"] if bounded else [name]
     settings = differing_settings(records)
     schemes = [record.spec.scheme for record in records if record.spec.scheme is not None]
-    given = {key for scheme in schemes for key in scheme.to_json()}
-    newer = [key for key in SELDOM_OF_SCHEME if key in given]
+    keys = {key for scheme in schemes for key in scheme.to_json()}
+    newer = [key for key in SELDOM_OF_SCHEME if key in keys]
     columns = [
         *("trial", "label", "model", "method", "bits", "group_size", "symmetric", "act_bits"),
         *newer,

@@ -66,10 +66,14 @@ def measured(record: TrialRecord) -> list[dict[str, Any]]:
     return rows
 
 
-def _differences(found: Comparison | None) -> dict[str, float]:
+def _differences(comparison: Comparison | None) -> dict[str, float]:
     """Return a difference and the ends of its interval; nan for what is not known."""
-    known = (None,) * 3 if found is None else (found.difference, found.low, found.high)
-    numbers = (math.nan if number is None else number for number in known)
+    values = (
+        (None,) * 3
+        if comparison is None
+        else (comparison.difference, comparison.low, comparison.high)
+    )
+    numbers = (math.nan if number is None else number for number in values)
     return dict(zip(DIFFERENCES, numbers, strict=True))
 
 
@@ -84,7 +88,7 @@ def _scored(record: TrialRecord) -> list[dict[str, Any]]:
     path = record.trial.folder / SAMPLES
     params = params_of(record)
     try:
-        found = read_samples(path, digest=record.files[SAMPLES])
+        rows = read_samples(path, digest=record.files[SAMPLES])
     except IntegrityError as error:
         raise ReportError(str(error)) from error
     return [
@@ -96,7 +100,7 @@ def _scored(record: TrialRecord) -> list[dict[str, Any]]:
             "value": score,
             **params,
         }
-        for row in found
+        for row in rows
         for name, score in row["scores"].items()
     ]
 

@@ -149,8 +149,8 @@ def _contents(records: Sequence[TrialRecord], about: About, plots: bool = True) 
         warnings.append(
             f"These trials were measured by {len(commits)} versions of the code: {counts}."
         )
-    found = answers(shown, about.margin, about.context)
-    pictures = _pictures(found, study_looks(shown)) if plots else []
+    shown_answers = answers(shown, about.margin, about.context)
+    pictures = _pictures(shown_answers, study_looks(shown)) if plots else []
     return Contents(
         name=about.name,
         command=about.command,
@@ -158,15 +158,18 @@ def _contents(records: Sequence[TrialRecord], about: About, plots: bool = True) 
         expectation=about.expectation,
         records=records,
         shown=shown,
-        answers=found,
+        answers=shown_answers,
         luck=luck_tables(own),
         domains=domain_tables(own),
         against=None if about.against is None else compare(records, about.against),
         divergences=[*equal_bytes_tables(records), *divergence_tables(records)],
         tests=[
             table
-            for answer in found
-            for table in (*answer.certainty.tables(answer.name), *_tests(answer, len(found) > 1))
+            for answer in shown_answers
+            for table in (
+                *answer.certainty.tables(answer.name),
+                *_tests(answer, len(shown_answers) > 1),
+            )
         ],
         floors=noise_floors(records),
         judged=judged,
@@ -177,7 +180,7 @@ def _contents(records: Sequence[TrialRecord], about: About, plots: bool = True) 
     )
 
 
-def _pictures(found: Sequence[Answer], looks: Looks) -> list[Plot]:
+def _pictures(shown_answers: Sequence[Answer], looks: Looks) -> list[Plot]:
     pictures = [
         picture_of_answer(
             answer.name,
@@ -189,7 +192,7 @@ def _pictures(found: Sequence[Answer], looks: Looks) -> list[Plot]:
             looks,
             answer.memory,
         )
-        for answer in found[:MOST_ANSWERS]
+        for answer in shown_answers[:MOST_ANSWERS]
     ]
     return with_own_names([plot for plot in pictures if plot is not None])
 

@@ -31,7 +31,7 @@ def stored_blocks(*folders: Path) -> int:
 
 
 @dataclass(frozen=True)
-class Kept:
+class CachedBlocks:
     """Blocks of one quantization that may go.
 
     name: the quantization's id
@@ -84,14 +84,16 @@ class BlockCache:
         """
         return nullcontext()
 
-    def entries(self) -> list[Kept]:
+    def entries(self) -> list[CachedBlocks]:
         """Return all quantizations whose blocks may go, the least recently used first."""
-        found = []
+        entries = []
         for mark in self.folder.glob(f"*/{MARK}"):
             with suppress(OSError):  # it goes away at this moment
-                sizes = [one.stat().st_size for one in os.scandir(mark.parent) if one.is_file()]
-                found.append(Kept(mark.parent.name, sum(sizes), mark.stat().st_mtime_ns))
-        return sorted(found, key=lambda kept: (kept.used, kept.name))
+                sizes = [
+                    entry.stat().st_size for entry in os.scandir(mark.parent) if entry.is_file()
+                ]
+                entries.append(CachedBlocks(mark.parent.name, sum(sizes), mark.stat().st_mtime_ns))
+        return sorted(entries, key=lambda kept: (kept.used, kept.name))
 
     def budget(self) -> int:
         """Return the bytes that blocks may take that may go."""
@@ -150,5 +152,5 @@ class BlockCache:
 
 def part_of_free_disk(folder: Path, taken: int) -> int:
     """Return the bytes that blocks in a folder may take, of which some are there already."""
-    place = next(one for one in (folder, *folder.parents) if one.exists())
+    place = next(parent for parent in (folder, *folder.parents) if parent.exists())
     return int((shutil.disk_usage(place).free + taken) * SHARE)

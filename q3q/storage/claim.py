@@ -344,9 +344,9 @@ _remembered: dict[tuple[str, str], tuple[tuple[int, str], float]] = {}
 
 @contextmanager
 def remembered(where: Path | ClaimStore, name: str) -> Iterator[Claim]:
-    """Yield a claim that goes on with what this process saw of it before, whenever that was.
+    """Yield a claim that remembers this process's earlier observations.
 
-    So one look now and then notices a holder elsewhere that died.
+    Occasional checks then detect a dead holder on another machine.
     """
     claim = Claim(where, name)
     key = str(claim.store), name

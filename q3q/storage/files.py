@@ -69,7 +69,7 @@ def install(partial: Path, path: Path) -> None:
 
 def make_folder(folder: Path) -> None:
     """Make a folder and its parents, and wait until the disk has their names."""
-    missing = list(takewhile(lambda one: not one.exists(), (folder, *folder.parents)))
+    missing = list(takewhile(lambda path: not path.exists(), (folder, *folder.parents)))
     folder.mkdir(parents=True, exist_ok=True)
     for made in reversed(missing):
         flush_folder(made.parent)

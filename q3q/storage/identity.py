@@ -33,10 +33,10 @@ def _of_store(mirror: Mirror) -> str:
 
 def _of_folder(folder: Path) -> str:
     path = folder / NAME
-    known = _read(path)
-    if known is None:
-        known = _make(path)
-    own, place = known
+    identity = _read(path)
+    if identity is None:
+        identity = _make(path)
+    own, place = identity
     if place != str(folder):
         if _is_copy(path, own, Path(place)):
             own = secrets.token_hex(8)
@@ -62,9 +62,9 @@ def _make(path: Path) -> tuple[str, str]:
 def _is_copy(path: Path, own: str, original: Path) -> bool:
     """Return True if the folder where the id was made still has it, and is another folder."""
     theirs = original / NAME
-    known = _read(theirs)
+    identity = _read(theirs)
     with suppress(OSError):
-        return known is not None and known[0] == own and not theirs.samefile(path)
+        return identity is not None and identity[0] == own and not theirs.samefile(path)
     return False
 
 

@@ -1,4 +1,4 @@
-"""Leases on a folder of this machine: what somebody here reads is not deleted meanwhile.
+"""Leases on a folder of this machine: while a process reads it, no other one deletes it.
 
 A lease is a lock on a file beside the folder. The kernel ends it with its process.
 """
@@ -16,7 +16,7 @@ def lease_of(folder: Path) -> Path:
 
 @contextmanager
 def leased(folder: Path) -> Iterator[None]:
-    """Have a folder's files stay while some work goes on; its lease tells when that last began."""
+    """Keep a folder's files until the block ends; the lease's time is that of its last use."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with lease_of(folder).open("ab") as file:
         fcntl.flock(file, fcntl.LOCK_SH)
@@ -26,7 +26,7 @@ def leased(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def unless_leased(*leases: Path) -> Iterator[bool]:
-    """Yield True if nobody has one of these leases; then nobody gets one before the end."""
+    """Yield True if no process has one of these leases; then none gets one before the end."""
     with ExitStack() as held:
         free = True
         for lease in leases:

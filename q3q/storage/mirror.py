@@ -132,13 +132,13 @@ class Mirror:
                         if free:
                             self._forget(name, exchanged)
 
-    def push(self, *prefixes: str, sure: Callable[[], object] = lambda: None) -> int:
+    def push(self, *prefixes: str, check_claim: Callable[[], object] = lambda: None) -> int:
         """Send what is new or changed here; then delete in the store what was deleted here.
 
         Files that vouch for others are sent after them.
 
         Args:
-            sure: called before each group of files; if it raises, nothing more is sent.
+            check_claim: called before each group of files; if it raises, nothing more is sent.
 
         Returns:
             The number of files that were sent or deleted.
@@ -146,7 +146,7 @@ class Mirror:
         changed = [
             name for prefix in prefixes for name in self._here(prefix) if self._is_changed(name)
         ]
-        self._in_order(changed, self._send, sure)
+        self._in_order(changed, self._send, check_claim)
         gone = [
             name
             for prefix in prefixes
@@ -155,7 +155,7 @@ class Mirror:
             if not (self.folder / name).exists() and _read_exchanged(self._record(name))
         ]
         if gone:
-            sure()
+            check_claim()
         for name in gone:
             with_retries(self.url, functools.partial(self.store.remove, name))
             self._record(name).unlink(missing_ok=True)
@@ -187,14 +187,17 @@ class Mirror:
             self._forget(name)
 
     def _in_order(
-        self, names: Any, work: Callable[[str], object], sure: Callable[[], object] = lambda: None
+        self,
+        names: Any,
+        work: Callable[[str], object],
+        check_claim: Callable[[], object] = lambda: None,
     ) -> None:
         ranks: dict[int, list[str]] = {}
         for name in dict.fromkeys(names):
             last = name.rpartition("/")[2]
             ranks.setdefault(LAST.index(last) + 1 if last in LAST else 0, []).append(name)
         for _, group in sorted(ranks.items()):
-            sure()
+            check_claim()
             if len(group) == 1:
                 work(group[0])
                 continue

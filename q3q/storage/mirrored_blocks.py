@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 
 from q3q.masking import masked
-from q3q.storage.block_cache import BLOCKS, MARK, BlockCache, Kept, part_of_free_disk
+from q3q.storage.block_cache import BLOCKS, MARK, BlockCache, CachedBlocks, part_of_free_disk
 from q3q.storage.leases import lease_of, leased, unless_leased
 from q3q.storage.mirror import Mirror
 from q3q.storage.stores import StoreError, is_url, with_retries
@@ -57,18 +57,18 @@ class MirroredBlocks(BlockCache):
             if free:
                 super().delete(name)
 
-    def entries(self) -> list[Kept]:
+    def entries(self) -> list[CachedBlocks]:
         """See BlockCache. The clocks of the machines that used blocks decide their order."""
         store, sizes = self.mirror.store, self._sizes()
-        found = []
+        entries = []
         for name in {path.split("/")[2] for path in sizes if path.endswith(f"/{MARK}")}:
             below = f"{BLOCKS}/{name}/"
             with suppress(FileNotFoundError):  # it goes away at this moment
                 mark = with_retries(self.mirror.url, partial(store.read, f"{below}{MARK}"))
                 used = int(mark) if mark.isdigit() else 0
                 taken = sum(size for path, size in sizes.items() if path.startswith(below))
-                found.append(Kept(name, taken, used))
-        return sorted(found, key=lambda kept: (kept.used, kept.name))
+                entries.append(CachedBlocks(name, taken, used))
+        return sorted(entries, key=lambda kept: (kept.used, kept.name))
 
     def _sizes(self) -> dict[str, int]:
         sizes: dict[str, int] = with_retries(
@@ -115,7 +115,7 @@ class MirroredBlocks(BlockCache):
                     over -= freed
         return gone
 
-    def _drop(self, kept: Kept) -> int:
+    def _drop(self, kept: CachedBlocks) -> int:
         """Delete copies that nobody here uses; return the bytes that they took."""
         folder = self.folder / kept.name
         for path in folder.glob("*.partial"):  # of one that died, or that fetches them once more
@@ -129,21 +129,21 @@ class MirroredBlocks(BlockCache):
             if free:
                 shutil.rmtree(old, ignore_errors=True)
 
-    def _copies(self) -> list[Kept]:
-        found = []
+    def _copies(self) -> list[CachedBlocks]:
+        copies = []
         for folder in self.folder.glob("*/"):
             lease = lease_of(folder)
             if size := _size(folder):
                 used = lease.stat().st_mtime_ns if lease.exists() else 0
-                found.append(Kept(folder.name, size, used))
-        return sorted(found, key=lambda kept: (kept.used, kept.name))
+                copies.append(CachedBlocks(folder.name, size, used))
+        return sorted(copies, key=lambda kept: (kept.used, kept.name))
 
 
 def _size(folder: Path) -> int:
     """Return the bytes of a folder's files."""
     size = 0
     with suppress(FileNotFoundError):  # it goes away at this moment
-        for one in os.scandir(folder):
+        for entry in os.scandir(folder):
             with suppress(FileNotFoundError):
-                size += one.stat().st_size if one.is_file() else 0
+                size += entry.stat().st_size if entry.is_file() else 0
     return size

@@ -22,7 +22,7 @@ LAST_LINES = 40
 
 
 @dataclass(frozen=True, kw_only=True)
-class Work:
+class RunningTrial:
     """A running trial.
 
     share: done so far, 0 to 1
@@ -42,7 +42,7 @@ class View:
     """A sweep at one moment.
 
     total, ended, failed: numbers of trials; failed ones have ended too
-    seconds, left: as in `Work`
+    seconds, left: as in `RunningTrial`
     """
 
     total: int
@@ -50,7 +50,7 @@ class View:
     failed: int
     seconds: float
     left: float | None
-    running: tuple[Work, ...] = ()
+    running: tuple[RunningTrial, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +85,7 @@ class SweepStatus:
     @classmethod
     def load(cls, path: Path) -> "SweepStatus":
         data = json.loads(read_file(path))
-        running = tuple(Work(**work) for work in data["view"]["running"])
+        running = tuple(RunningTrial(**work) for work in data["view"]["running"])
         return cls(
             **data
             | {

@@ -140,11 +140,11 @@ class FolderStore:
         return {name: mark for name, mark in marks.items() if mark is not None}
 
     def sizes(self, prefix: str) -> dict[str, int]:
-        found = {}
+        sizes = {}
         for name in self.find(prefix):
             with suppress(FileNotFoundError):  # it goes away at this moment
-                found[name] = (self.root / name).stat().st_size
-        return found
+                sizes[name] = (self.root / name).stat().st_size
+        return sizes
 
     def names(self, folder: str) -> list[str]:
         with suppress(FileNotFoundError):

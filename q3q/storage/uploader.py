@@ -14,13 +14,13 @@ EVERY_SECONDS, DRIVER_SECONDS = 5.0, 10.0
 class Uploader:
     """A thread that pushes changes below some prefixes until it is stopped.
 
-    sure: see `Mirror.push`. The next round sends what a failed one left.
+    check_claim: see `Mirror.push`. The next round sends what a failed one left.
     """
 
     def __init__(
-        self, mirror: Mirror, *prefixes: str, every: float, sure: Callable[[], object]
+        self, mirror: Mirror, *prefixes: str, every: float, check_claim: Callable[[], object]
     ) -> None:
-        self.mirror, self.every, self.sure = mirror, every, sure
+        self.mirror, self.every, self.check_claim = mirror, every, check_claim
         self._prefixes = dict.fromkeys(prefixes)
         self._closing = threading.Event()
         self._thread = threading.Thread(
@@ -33,7 +33,7 @@ class Uploader:
         self._prefixes = {**self._prefixes, **dict.fromkeys(prefixes)}
 
     def push(self) -> None:
-        self.mirror.push(*self._prefixes, sure=self.sure)
+        self.mirror.push(*self._prefixes, check_claim=self.check_claim)
 
     def stop(self) -> None:
         self._closing.set()
@@ -50,7 +50,7 @@ def uploading(
     mirror: Mirror,
     *prefixes: str,
     every: float | None = None,
-    sure: Callable[[], object] = lambda: None,
+    check_claim: Callable[[], object] = lambda: None,
 ) -> Iterator[Uploader]:
     """Upload while some work goes on; at its end, however it ends, send the rest.
 
@@ -59,10 +59,10 @@ def uploading(
 
     Raises:
         StoreError: the rest could not be sent.
-        Exception: what `sure` raises.
+        Exception: what `check_claim` raises.
     """
     uploader = Uploader(
-        mirror, *prefixes, every=EVERY_SECONDS if every is None else every, sure=sure
+        mirror, *prefixes, every=EVERY_SECONDS if every is None else every, check_claim=check_claim
     )
     try:
         yield uploader

@@ -33,8 +33,7 @@ def compared(record: TrialRecord, baseline: TrialRecord) -> TrialRecord:
         for side in (record, baseline)
     )
     numbers = record.numbers, baseline.numbers
-    found = comparisons(ours, theirs, numbers, directions(record))
-    return replace(record, comparisons=found)
+    return replace(record, comparisons=comparisons(ours, theirs, numbers, directions(record)))
 
 
 def is_current(record: TrialRecord, baseline: TrialRecord | None) -> bool:

@@ -211,8 +211,9 @@ class CostModel:
     def drawing(self, spec: TrialSpec, todo: Todo) -> float:
         """Return the processor's seconds for the windows of calibration and of a budget."""
         large = any(
-            one.calibration is not None and not {*LARGE_TEXTS}.isdisjoint(one.calibration.sources)
-            for one in drawing(spec)
+            drawn_spec.calibration is not None
+            and not {*LARGE_TEXTS}.isdisjoint(drawn_spec.calibration.sources)
+            for drawn_spec in drawing(spec)
         )
         return self.draw * (large and todo.draws)
 

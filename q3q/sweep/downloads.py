@@ -50,10 +50,10 @@ def needs_of(
             if model.source is not None:
                 needs.append(ModelNeed(model.source, model.revision))
         texts: list[tuple[str, Split, Json]] = [
-            (source, "calibration", calibration_identity(one.calibration, one.seed))
-            for one in drawing(spec)
-            if one.calibration is not None
-            for source in one.calibration.sources
+            (source, "calibration", calibration_identity(drawn_spec.calibration, drawn_spec.seed))
+            for drawn_spec in drawing(spec)
+            if drawn_spec.calibration is not None
+            for source in drawn_spec.calibration.sources
         ]
         texts += [
             (str(text.source), "evaluation", evaluation_identity(text, spec.evaluation.quick))
@@ -65,10 +65,10 @@ def needs_of(
             if is_from_hub(source) and not is_prepared(trial, identity)
         ]
         for task in spec.evaluation.tasks:
-            for one in TASKS[task.name].data if task.name in TASKS else ():
-                data.setdefault(one.repository, {})[one] = None
-                folders[one.repository] = placement.data
-    needs += [QuestionsNeed(name, tuple(found), folders[name]) for name, found in data.items()]
+            for questions in TASKS[task.name].data if task.name in TASKS else ():
+                data.setdefault(questions.repository, {})[questions] = None
+                folders[questions.repository] = placement.data
+    needs += [QuestionsNeed(name, tuple(files), folders[name]) for name, files in data.items()]
     return list(dict.fromkeys(needs))
 
 

@@ -109,8 +109,8 @@ def torch_cuda() -> str | None:
     Returns:
         None for a build without CUDA.
     """
-    found = importlib.util.find_spec("torch")
-    folders = list(found.submodule_search_locations or ()) if found is not None else []
+    package = importlib.util.find_spec("torch")
+    folders = list(package.submodule_search_locations or ()) if package is not None else []
     for file in (Path(folder, "version.py") for folder in folders):
         spec = importlib.util.spec_from_file_location("q3q_torch_version", file)
         if spec is not None and spec.loader is not None and file.is_file():
@@ -170,8 +170,8 @@ def _has_code(cuda: str, capability: Capability) -> bool:
 
 def _branch(gpu: Gpu) -> int | None:
     """Return the number that a driver's version begins with: of 570.86.15, 570."""
-    found = NUMBER.match(gpu.driver)
-    return int(found[0]) if found else None
+    number = NUMBER.match(gpu.driver)
+    return int(number[0]) if number else None
 
 
 def _torch_finds_gpus() -> bool:
@@ -207,10 +207,10 @@ def _listed() -> list[Gpu] | None:
         return None
     gpus: list[Gpu] = []
     for line in listing.splitlines():
-        if found := re.match(r"GPU \d+: (.+) \(UUID: (GPU-[^)]+)\)", line):
-            gpus.append(Gpu(uuid=found[2], name=found[1]))
-        elif gpus and (found := re.match(r"\s+MIG (\S+)\s+Device\s+\d+: \(UUID: ([^)]+)\)", line)):
-            instance = Gpu(uuid=found[2], name=f"{gpus[-1].name} MIG {found[1]}")
+        if match := re.match(r"GPU \d+: (.+) \(UUID: (GPU-[^)]+)\)", line):
+            gpus.append(Gpu(uuid=match[2], name=match[1]))
+        elif gpus and (match := re.match(r"\s+MIG (\S+)\s+Device\s+\d+: \(UUID: ([^)]+)\)", line)):
+            instance = Gpu(uuid=match[2], name=f"{gpus[-1].name} MIG {match[1]}")
             gpus[-1] = replace(gpus[-1], instances=(*gpus[-1].instances, instance))
     facts = _facts() if gpus else {}
     return [_with_facts(gpu, facts.get(gpu.uuid)) for gpu in gpus]
@@ -218,19 +218,19 @@ def _listed() -> list[Gpu] | None:
 
 def _facts() -> dict[str, Gpu]:
     """Return what the driver says of each GPU, by UUID; old drivers do not know the capability."""
-    known, rows = ("uuid", "memory.total", "driver_version"), None
-    for fields in ((*known, "compute_cap"), known):
+    columns, rows = ("uuid", "memory.total", "driver_version"), None
+    for fields in ((*columns, "compute_cap"), columns):
         answer = _ask(f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits")
         if answer is not None:
             rows = [[cell.strip() for cell in line.split(",")] for line in answer.splitlines()]
             break
     facts = {}
-    for uuid, memory, driver, *rest in (row for row in rows or () if len(row) >= len(known)):
-        found = re.fullmatch(r"(\d+)\.(\d+)", rest[0]) if rest else None
+    for uuid, memory, driver, *rest in (row for row in rows or () if len(row) >= len(columns)):
+        version = re.fullmatch(r"(\d+)\.(\d+)", rest[0]) if rest else None
         facts[uuid] = Gpu(
             memory=int(memory) * 2**20 if NUMBER.fullmatch(memory) else None,
             driver=driver,
-            capability=(int(found[1]), int(found[2])) if found else None,
+            capability=(int(version[1]), int(version[2])) if version else None,
         )
     return facts
 
@@ -239,18 +239,18 @@ def _with_facts(gpu: Gpu, facts: Gpu | None) -> Gpu:
     """Return the GPU, and its instances, with what the driver says of it."""
     if facts is None:
         return gpu
-    told = replace(gpu, memory=facts.memory, driver=facts.driver, capability=facts.capability)
+    described = replace(gpu, memory=facts.memory, driver=facts.driver, capability=facts.capability)
     instances = tuple(
-        replace(told, uuid=own.uuid, name=own.name, memory=_memory_of(own.name), instances=())
+        replace(described, uuid=own.uuid, name=own.name, memory=_memory_of(own.name), instances=())
         for own in gpu.instances
     )
-    return replace(told, instances=instances)
+    return replace(described, instances=instances)
 
 
 def _memory_of(profile: str) -> int | None:
     """Return the bytes of an instance by its profile: 1g.10gb has a little less than 10 GiB."""
-    found = re.search(r"\.(\d+)gb", profile)
-    return int(found[1]) * 2**30 * 95 // 100 if found else None
+    match = re.search(r"\.(\d+)gb", profile)
+    return int(match[1]) * 2**30 * 95 // 100 if match else None
 
 
 def _as_torch_counts() -> list[Gpu]:

@@ -245,8 +245,8 @@ def _method_of(job: Sequence[str]) -> str | None:
 
 def _one_method(key: str) -> str | None:
     """Return the method that a key like `method.gptq.damping` is for; None for any other key."""
-    found = KNOB.fullmatch(key)
-    return found["method"] if found is not None and found["method"] in methods() else None
+    knob = KNOB.fullmatch(key)
+    return knob["method"] if knob is not None and knob["method"] in methods() else None
 
 
 def _key(override: Override) -> str:

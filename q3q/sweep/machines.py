@@ -106,8 +106,8 @@ def refuse_old_cards(dtypes: Iterable[str], machines: Iterable[Machine]) -> None
     with_gpus = [machine for machine in machines if machine.gpus]
     for dtype in dict.fromkeys(dtypes):
         for machine in with_gpus:
-            known = CAPABILITIES.get(machine.kind, machine.capability)
-            refuse_card(dtype, machine.kind or machine.name, known)
+            capability = CAPABILITIES.get(machine.kind, machine.capability)
+            refuse_card(dtype, machine.kind or machine.name, capability)
 
 
 def amount(key: str, value: object) -> float | None:

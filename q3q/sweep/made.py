@@ -29,7 +29,7 @@ QUESTION_BYTES = 1100  # of a question's requests; benchmarks/preparation.py, th
 
 
 @dataclass(frozen=True)
-class Input:
+class PreparedFile:
     """One file of prepared input.
 
     calibration: it holds windows that only a quantization reads: calibration's, or a budget's
@@ -42,21 +42,21 @@ class Input:
     questions: int = 0
 
 
-def inputs_of(spec: TrialSpec) -> Iterator[Input]:
+def inputs_of(spec: TrialSpec) -> Iterator[PreparedFile]:
     """Yield all prepared input that a trial reads."""
     evaluation = spec.evaluation
-    for one in drawing(spec):
-        if (calibration := one.calibration) is not None and not calibration.writes:
-            identity = calibration_identity(calibration, one.seed)
-            yield Input(identity, TOKEN_BYTES * calibration.tokens, calibration=True)
+    for drawn_spec in drawing(spec):
+        if (calibration := drawn_spec.calibration) is not None and not calibration.writes:
+            identity = calibration_identity(calibration, drawn_spec.seed)
+            yield PreparedFile(identity, TOKEN_BYTES * calibration.tokens, calibration=True)
     for text in evaluation.texts:
         identity = evaluation_identity(text, evaluation.quick)
-        yield Input(identity, TOKEN_BYTES * text_windows(text) * text.window)
+        yield PreparedFile(identity, TOKEN_BYTES * text_windows(text) * text.window)
     for batch in batches(evaluation):
         tasks = [task for task in evaluation.tasks if task.name in batch.tasks]
         count = sum(questions_of(task, evaluation) for task in tasks)
         identity = requests_identity(evaluation, batch, spec.seed)
-        yield Input(identity, QUESTION_BYTES * count, questions=count)
+        yield PreparedFile(identity, QUESTION_BYTES * count, questions=count)
 
 
 @dataclass
@@ -76,18 +76,20 @@ class Made:
         """Add what a trial will make; return it, and the bytes of its prepared input."""
         blocks = self._blocks_to_make(trial, facts)
         # Without a block to make it reads no calibration windows, so a later trial may draw them.
-        read = [one for one in inputs_of(trial.spec) if blocks > 0 or not one.calibration]
-        missing = [one for one in read if self._is_new(trial, one.identity)]
-        drawn = any(one.calibration for one in missing)
+        read = [
+            prepared for prepared in inputs_of(trial.spec) if blocks > 0 or not prepared.calibration
+        ]
+        missing = [prepared for prepared in read if self._is_new(trial, prepared.identity)]
+        drawn = any(prepared.calibration for prepared in missing)
         todo = Todo(
             blocks=blocks,
             draws=drawn,
-            questions=sum(one.questions for one in missing),
+            questions=sum(prepared.questions for prepared in missing),
             units=self._units_to_measure(trial, facts, blocks),
             writes=self._part_to_write(trial, facts, blocks),
         )
         written = round(todo.writes * TOKEN_BYTES * written_tokens(trial.spec))
-        return todo, written + sum(one.size for one in missing)
+        return todo, written + sum(prepared.size for prepared in missing)
 
     def _blocks_to_make(self, trial: Trial, facts: ModelFacts) -> float:
         """Return the part of a trial's blocks that it quantizes itself."""
@@ -144,7 +146,7 @@ class Made:
         if folder not in self._identities:
             self._identities[folder] = list(kept_identities(folder).values())
         key = (trial.spec.model.files, digest(identity))
-        known = key in self._inputs
+        seen = key in self._inputs
         self._inputs.add(key)
         lying = self._identities[folder]
-        return not known and not any(says_all_of(whole, [identity]) for whole in lying)
+        return not seen and not any(says_all_of(whole, [identity]) for whole in lying)

@@ -40,7 +40,7 @@ from q3q.team import Rendezvous
 # Workers show no progress bars, and must not all start as many threads as there are cores.
 WORKER_ENV = {"TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"}
 # Receives a trial as JSON, its reporter and, in a gang, the rank's rendezvous; returns the record.
-Work = Callable[..., Json | None]
+TrialCall = Callable[..., Json | None]
 
 
 def work(trial: Json, report: Callable[[Any], None], seat: Rendezvous | None = None) -> Json | None:
@@ -71,7 +71,7 @@ class OnRay(Host):
         launcher: RayLauncher,
         config: DictConfig,
         trials: Mapping[str, SweepTrial],
-        work: Work,
+        work: TrialCall,
     ) -> None:
         self.launcher, self.config, self.trials, self.work = launcher, config, trials, work
         address = config.cluster.address
@@ -160,7 +160,9 @@ class Furthest:
 class TrialPolicy(JobPolicy):
     """q3q's decisions about its jobs: only trials, records and progress cross a process border."""
 
-    def __init__(self, planned: Mapping[int, Planned], study: RunningStudy, work: Work) -> None:
+    def __init__(
+        self, planned: Mapping[int, Planned], study: RunningStudy, work: TrialCall
+    ) -> None:
         self.planned = dict(planned)
         self.allocations = {number: entry.allocation for number, entry in planned.items()}
         self.study = study

@@ -35,7 +35,7 @@ class Load:
 
 
 @dataclass
-class Run:
+class SimulatedRun:
     """When a trial runs in the simulated sweep, and on which GPUs, as (machine, GPU)."""
 
     start: float = 0.0
@@ -56,7 +56,7 @@ class Simulation:
     blocks: most bytes of running trials' blocks at the same time
     """
 
-    runs: list[Run]
+    runs: list[SimulatedRun]
     at_once: int
     blocks: int
 
@@ -108,10 +108,10 @@ def simulate(trials: Sequence[Load], machines: Sequence[Machine]) -> Simulation:
 
     Later ones pass it where there is none.
     """
-    return _Sweep(trials, machines).run()
+    return _SimulatedSweep(trials, machines).run()
 
 
-class _Sweep:
+class _SimulatedSweep:
     """The state of a simulated sweep.
 
     events: (time, ticket, trial, version of its GPU): the trial begins to compute on a GPU that it
@@ -133,7 +133,7 @@ class _Sweep:
         self.queues: dict[Allocation, deque[int]] = {}
         for trial, load in enumerate(trials):
             self.queues.setdefault(load.allocation, deque()).append(trial)
-        self.runs = [Run() for _ in trials]
+        self.runs = [SimulatedRun() for _ in trials]
         self.places: dict[int, list[_Place]] = {}
         self.events: list[tuple[float, int, int, int | None]] = []
         self.ticket, self.blocks = 0, 0
@@ -152,7 +152,7 @@ class _Sweep:
         for trial in (trial for queue in self.queues.values() for trial in queue):
             # On machines that are still to come: one for each trial that waits.
             load, at_once = self.trials[trial], max(1, at_once)
-            self.runs[trial] = Run(now, now + load.idle + load.busy)
+            self.runs[trial] = SimulatedRun(now, now + load.idle + load.busy)
             most_blocks = max(most_blocks, load.blocks)
         return Simulation(self.runs, at_once, most_blocks)
 
@@ -169,7 +169,7 @@ class _Sweep:
                 self.places[trial] = places
                 self.blocks += load.blocks
                 gpus = tuple((host.number, gpu) for host, gpu in places if gpu >= 0)
-                self.runs[trial] = Run(now, now, gpus)
+                self.runs[trial] = SimulatedRun(now, now, gpus)
                 if allocation.is_share:
                     self._expect(now + load.idle, trial, BEGINS)
                 else:

@@ -130,7 +130,7 @@ def plan(
         ConfigError: a trial fits nowhere.
     """
     planned, chosen = list[Planned](), dict[str, Choices]()
-    known: dict[Hashable, Choices] = {}
+    choices: dict[Hashable, Choices] = {}
     for trial in trials:
         shape = facts[trial.id]
         cache, kv = cache_shape(shape), cache_scheme(shape, trial.spec.kv)
@@ -141,10 +141,10 @@ def plan(
             planned.append(done)
             continue
         key = _allocation_key(trial, shape)
-        if key not in known:
-            known[key] = choices_of(trial, shape, machines, request)
-        chosen[trial.id] = known[key]
-        allocation = known[key].at_least(1.0)
+        if key not in choices:
+            choices[key] = choices_of(trial, shape, machines, request)
+        chosen[trial.id] = choices[key]
+        allocation = choices[key].at_least(1.0)
         where, loader = rate_of(allocation, machines), allocation.loader
         predicted = model.predict(trial.spec, shape, where, loader=loader, ranks=allocation.ranks)
         planned.append(

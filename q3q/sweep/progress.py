@@ -15,7 +15,7 @@ from q3q.formatting import duration, fixed, percent, plural, printable, signific
 from q3q.masking import masked
 from q3q.record import Progress, TrialRecord
 from q3q.spec import text_metric
-from q3q.storage.status import StatusWriter, View, Work
+from q3q.storage.status import RunningTrial, StatusWriter, View
 from q3q.sweep.pace import Pace, Running
 from q3q.sweep.screen import FRAME_SECONDS, Screen, count, picture
 
@@ -224,7 +224,7 @@ class Display:
                     [trial for _, trial in trials], waiting, self._at_once, now
                 ),
                 running=tuple(
-                    Work(
+                    RunningTrial(
                         trial=key,
                         name=printable(trial.name),
                         doing=printable(trial.doing),

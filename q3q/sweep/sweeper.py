@@ -36,7 +36,7 @@ from q3q.sweep.grid import (
 from q3q.sweep.jobs import composed_jobs, noting_needs
 from q3q.sweep.launcher import Job, RayLauncher
 from q3q.sweep.machines import Machine, ResourceRequest, expected, machine_here
-from q3q.sweep.on_ray import OnRay, Work, job_return, work
+from q3q.sweep.on_ray import OnRay, TrialCall, job_return, work
 from q3q.sweep.plan import Planned
 from q3q.sweep.run import Host, run_study
 from q3q.sweep.running import RunningStudy
@@ -63,7 +63,7 @@ class StudySweeper(Sweeper):
     trial: what a worker does for a trial.
     """
 
-    trial: Work = staticmethod(work)
+    trial: TrialCall = staticmethod(work)
 
     def __init__(
         self, params: dict[str, str] | None = None, rows: list[dict[str, str]] | None = None

@@ -248,7 +248,9 @@ class MlflowTracker:
         logged = LoggedRecord(record_digest(record), begun)
         self._open_sweep()
         runs, earlier = self._runs.setdefault(spec.id, {}), earlier_digest(record)
-        complete = next((run for run, one in runs.items() if one.digest == logged.digest), None)
+        complete = next(
+            (run for run, previous in runs.items() if previous.digest == logged.digest), None
+        )
         is_elsewhere = bool(self._elsewhere & {logged.digest, earlier})
         if is_elsewhere and complete is None and spec.id not in self._live:
             return
@@ -263,13 +265,14 @@ class MlflowTracker:
         # A later record of the same attempt updates its run, and so keeps the live charts.
         same_attempt = [
             run
-            for run, one in runs.items()
-            if one.digest and ((begun and one.started == begun) or one.digest == earlier)
+            for run, previous in runs.items()
+            if previous.digest
+            and ((begun and previous.started == begun) or previous.digest == earlier)
         ]
         live = self._live.pop(spec.id, None)
         existing = live or next(iter(same_attempt), None)
         # Without a digest they hold nothing: what was to fill them failed.
-        broken = [run for run, one in runs.items() if not one.digest and run != existing]
+        broken = [run for run, previous in runs.items() if not previous.digest and run != existing]
         self._delete(spec.id, broken)
         started, ended = trial_times(record)
         tags = {**trial_tags(record), **self._owner_tag, "q3q.started": begun}
@@ -399,9 +402,9 @@ class MlflowTracker:
             {name: value for name, value in params.items() if name not in data.params},
         )
 
-    def _add_columns(self, found: Mapping[str, str]) -> None:
+    def _add_columns(self, new: Mapping[str, str]) -> None:
         """Give the sweep's table these columns, by metric."""
-        if (columns := self._columns | dict(found)) != self._columns:
+        if (columns := self._columns | dict(new)) != self._columns:
             view = f"mlflow.sharedViewState.{self._view}"
             # As in the report, a text that was not calibrated on ranks the trials.
             sweep = self._open_sweep()

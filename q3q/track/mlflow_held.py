@@ -126,7 +126,7 @@ def held_sweep(
     except sqlite3.Error:
         return None
     records = {trial.get("q3q.trial", ""): trial.get("q3q.record", "") for trial in trials}
-    others = [one for one in (tags, *trials) if one.get("q3q.storage") != owner]
+    others = [run_tags for run_tags in (tags, *trials) if run_tags.get("q3q.storage") != owner]
     if others or len(records) < len(trials) or not all(records.values()) or status == "RUNNING":
         return None
     folder = Path(unquote(urlsplit(location).path))

@@ -23,11 +23,11 @@ def fitted_names(names: Iterable[str]) -> dict[str, str]:
 
     MLflow takes letters, digits and `_/.- `, and what is a path in its shortest form.
     """
-    wanted = list(dict.fromkeys(names))
+    originals = list(dict.fromkeys(names))
     # A name that fits keeps its own, whatever else would be called so.
-    taken = {name for name in wanted if _fitted(name) == name}
+    taken = {name for name in originals if _fitted(name) == name}
     fitted: dict[str, str] = {}
-    for name in wanted:
+    for name in originals:
         word = _fitted(name)
         if word != name and word in taken:
             word = f"{word[: MAX_NAME - 7]}_{_digest(name)}"
@@ -62,8 +62,8 @@ def _digest(name: str) -> str:
 
 
 @dataclass
-class Batch:
-    """What one request logs."""
+class LogRequest:
+    """The metrics, params and tags that one request logs."""
 
     metrics: list["Metric"] = field(default_factory=list)
     params: list["Param"] = field(default_factory=list)
@@ -76,9 +76,9 @@ class Batch:
 
 def batches(
     metrics: Sequence["Metric"], params: Sequence["Param"], tags: Sequence["RunTag"]
-) -> Iterator[Batch]:
+) -> Iterator[LogRequest]:
     """Yield all in as few requests as MLflow accepts, in this order."""
-    batch, size = Batch(), 0
+    batch, size = LogRequest(), 0
     for kind, entities in (("metrics", metrics), ("params", params), ("tags", tags)):
         for entity in entities:
             part: list[Any] = getattr(batch, kind)
@@ -86,7 +86,7 @@ def batches(
             full = len(part) == MOST[kind] or batch.count == MOST_IN_ALL
             if full or size + cost > MAX_REQUEST:
                 yield batch
-                batch, size = Batch(), 0
+                batch, size = LogRequest(), 0
                 part = getattr(batch, kind)
             part.append(entity)
             size += cost

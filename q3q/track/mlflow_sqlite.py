@@ -153,8 +153,8 @@ def damage_of(path: Path) -> str:
         with closing(sqlite3.connect(path, timeout=1)) as connection:
             whole = path.stat().st_size <= MOST_CHECKED
             check = "PRAGMA quick_check(1)" if whole else "SELECT count(*) FROM sqlite_master"
-            [(found, *_)] = connection.execute(check).fetchall()
-            return "" if not whole or found == "ok" else " ".join(str(found).split())
+            [(verdict, *_)] = connection.execute(check).fetchall()
+            return "" if not whole or verdict == "ok" else " ".join(str(verdict).split())
     except sqlite3.DatabaseError as error:
         # The lowest byte is the primary code; the others say more about it.
         code = getattr(error, "sqlite_errorcode", 0) & 0xFF

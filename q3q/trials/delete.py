@@ -104,13 +104,13 @@ def _inputs_of(entry: StoredTrial, staying: Sequence[Trial], storage: Path) -> l
         return []
     leaving = prepared_identities(entry.trial.spec)
     others = [identity for trial in staying for identity in prepared_identities(trial.spec)]
-    found = [
+    files = [
         path
         for path, whole in kept_identities(storage / PREPARED).items()
         if says_all_of(whole, leaving) and not says_all_of(whole, others)
     ]
     own, kept = (trace_identities(trials) for trials in ([entry.trial], staying))
-    return found + [
+    return files + [
         path
         for path, whole in kept_identities(storage / TRACES).items()
         if says_all_of(whole, own) and not says_all_of(whole, kept)

@@ -143,7 +143,8 @@ def listed(trials: Sequence[StoredTrial], storage: str | Path, folder: Path | No
             lines.append(f"{'':10}  its checkpoint, {taken}: {place}")
     counts = {state: sum(trial.state == state for trial in trials) for state in STATES}
     states = ", ".join(f"{count} {state}" for state, count in counts.items() if count)
-    lines.append(f"{states}; {bytes_in_words(bytes_below(folder))} in {folder} with all else there")
+    total = bytes_in_words(bytes_below(folder))
+    lines.append(f"{states}. {folder} takes {total} in all, shared files included.")
     if kept := block_cache_of(storage if is_url(str(storage)) else folder).describe():
         lines.append(kept)
     return "\n".join(lines)

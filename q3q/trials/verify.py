@@ -32,8 +32,8 @@ class Verified:
     @property
     def text(self) -> str:
         counts = f"{plural(self.records, 'record')} and {plural(self.exports, 'export')} checked"
-        found = plural(len(self.faults), "fault") if self.faults else "no faults"
-        return "\n".join([*self.faults, *self.notes, f"{counts}: {found}."])
+        faults = plural(len(self.faults), "fault") if self.faults else "no faults"
+        return "\n".join([*self.faults, *self.notes, f"{counts}: {faults}."])
 
 
 def fetch_exports(storage: str) -> None:
@@ -100,7 +100,7 @@ def export_faults(folder: Path) -> Iterator[str]:
 
 
 def _again(trial: str, remove: str = "") -> str:
-    """Return how to make again what is not as it must be.
+    """Return instructions for rebuilding a damaged file.
 
     Args:
         remove: what has to be removed first, if anything has.

@@ -232,7 +232,7 @@ def test_the_stopped_trial_goes_on_from_its_blocks(storage, tmp_path):
     else:  # GPTQ's last digits depend on the processor
         assert [key for key, _ in numbers] == [key for key, _ in comparable(expected)]
         for (key, number), (_, before) in zip(numbers, comparable(expected), strict=True):
-            assert number == pytest.approx(before, rel=1e-3, abs=1e-4), key
+            assert number == before or number == pytest.approx(before, rel=1e-3, abs=1e-4), key
 
 
 def written(folder, storage):

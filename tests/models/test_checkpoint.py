@@ -838,26 +838,28 @@ def test_a_config_alone_is_no_model_where_there_is_no_network(hub):
             ask("owner/tiny")
 
 
-def test_half_a_download_without_network_is_refused_fast(hub):
+def test_half_a_download_without_network_is_refused_without_a_retry(hub, monkeypatch):
     folder = locate("owner/tiny", COMMIT)
     sorted(folder.glob("*.safetensors"))[2].unlink()
     hub.close()
-    started = time.monotonic()
+    waits: list[float] = []
+    monkeypatch.setattr(time, "sleep", waits.append)  # between the Hub client's retries
     with pytest.raises(CheckpointError, match=r"owner/tiny.*model=local model\.path=DIR"):
         locate("owner/tiny", COMMIT)
-    assert time.monotonic() - started < 5
+    assert waits == []
 
 
-def test_a_hub_without_an_answer_fails_fast_and_says_how_to_go_on(hub):
+def test_a_hub_without_an_answer_is_not_retried_and_the_error_says_how_to_go_on(hub, monkeypatch):
     hub.close()
-    started = time.monotonic()
+    waits: list[float] = []
+    monkeypatch.setattr(time, "sleep", waits.append)  # between the Hub client's retries
     for ask in (resolve_revision, locate, fetch_facts):
         with pytest.raises(
             CheckpointError, match=r"owner/tiny.*model=local model\.path=DIR"
         ) as refusal:
             ask("owner/tiny")
         assert "\n" not in str(refusal.value)
-    assert time.monotonic() - started < 5
+    assert waits == []
 
 
 def test_a_model_that_the_hub_does_not_have(hub):

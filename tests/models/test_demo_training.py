@@ -7,7 +7,7 @@ import torch
 from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
 from q3q.models.demo import train
-from q3q.models.demo.train import Kept, Stage, run_stage
+from q3q.models.demo.train import Stage, StageCheckpoint, run_stage
 
 STAGE = Stage(steps=7, seed=0, story_share=1.0, answer_weight=1.0, rate=1.0)
 
@@ -59,7 +59,7 @@ def test_a_killed_training_goes_on_and_ends_as_an_undisturbed_one(tmp_path):
     undisturbed = tiny_model()
     whole = run_stage(undisturbed, batches(), STAGE)
 
-    kept = Kept(tmp_path / "unfinished.pt", "tiny")
+    kept = StageCheckpoint(tmp_path / "unfinished.pt", "tiny")
     for steps in (2, 5):  # before the first checkpoint, and after it
         with pytest.raises(KilledError):
             run_stage(tiny_model(), killed_after(steps), STAGE, kept)
@@ -76,7 +76,7 @@ def test_a_killed_training_goes_on_and_ends_as_an_undisturbed_one(tmp_path):
 
 
 def test_a_checkpoint_of_another_training_is_refused(tmp_path):
-    kept = Kept(tmp_path / "unfinished.pt", "dense")
+    kept = StageCheckpoint(tmp_path / "unfinished.pt", "dense")
     run_stage(tiny_model(), batches(), STAGE, kept)
     with pytest.raises(SystemExit, match="of another training"):
-        run_stage(tiny_model(), batches(), STAGE, Kept(kept.path, "hybrid"))
+        run_stage(tiny_model(), batches(), STAGE, StageCheckpoint(kept.path, "hybrid"))

@@ -9,7 +9,7 @@ import sqlite3
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -449,7 +449,7 @@ def test_a_deleted_experiment_is_said_to_be_deleted(tracker: MlflowTracker) -> N
         MlflowTracker(tracker.uri, experiment=tracker.experiment).check()
 
 
-def test_an_address_that_refuses_or_keeps_silent_is_an_error_within_ten_seconds() -> None:
+def test_an_address_that_refuses_or_keeps_silent_is_an_error_after_one_request() -> None:
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         port = silent.getsockname()[1]
@@ -458,13 +458,19 @@ def test_an_address_that_refuses_or_keeps_silent_is_an_error_within_ten_seconds(
         ):
             MlflowTracker(f"http://127.0.0.1:{port}").check()
         silent.listen()
-        started = time.monotonic()
         with pytest.raises(
             TrackingError, match=r"timed out.*see that an MLflow server answers"
         ) as refusal:
             MlflowTracker(f"http://user:secret@127.0.0.1:{port}").check()
-        assert time.monotonic() - started < 10
         assert "secret" not in str(refusal.value)
+        silent.setblocking(False)
+        requests = []
+        with suppress(BlockingIOError):
+            while True:
+                requests.append(silent.accept()[0])
+        for request in requests:
+            request.close()
+        assert len(requests) == 1
     assert "MLFLOW_HTTP_REQUEST_TIMEOUT" not in os.environ
 
 
@@ -498,7 +504,7 @@ def test_a_server_takes_the_same_and_its_death_is_an_error_in_bounded_time(tmp_p
                 TrackingError, match=f"track.uri={uri} did not take .*Connection refused"
             ):
                 end()
-            assert time.monotonic() - started < 15
+            assert time.monotonic() - started < 60
     assert not (tmp_path / "storage/artifacts").exists()
     # What the server took before it died is there.
     assert [run.info.run_name for run in children(tracker_in(tmp_path))] == ["gptq w3 g128 · demo"]

@@ -167,7 +167,9 @@ class HarnessLM(TemplateLM):
         return self._log_likelihoods([part for [part] in self._continuations(requests)])
 
     def _continuations(self, instances: Sequence[Any]) -> list[tuple[Request, ...]]:
-        return [one for one in self.encode_all(instances) if not isinstance(one, Prompt)]
+        return [
+            request for request in self.encode_all(instances) if not isinstance(request, Prompt)
+        ]
 
     def _loglikelihood_tokens(
         self, requests: list[tuple[Any, list[int], list[int]]], **kwargs: Any
@@ -220,7 +222,7 @@ class HarnessLM(TemplateLM):
                 "it for each token; leave the task out, or give the trial memory for the whole "
                 "model"
             )
-        prompts = [one for one in self.encode_all(requests) if isinstance(one, Prompt)]
+        prompts = [request for request in self.encode_all(requests) if isinstance(request, Prompt)]
         generations = [
             self._generation(prompt, _task_of(instance))
             for instance, prompt in zip(requests, prompts, strict=True)

@@ -91,41 +91,41 @@ def shares_of(
         samples: lm-eval's samples.
         results: lm-eval's results.
     """
-    found = Shares()
+    shares = Shares()
     for metric, values in task_metrics(samples).items():
         aggregate = tasks[metric.owner].aggregation().get(metric.name, mean)
         if isinstance(aggregate, Aggregation):
             value = number_of(results[metric.owner].get(metric.key))
             # Without a number: an error of a resample, for the standard error, costs that alone.
             if aggregate.error is not None and (value is None or math.isnan(value)):
-                found.without[metric.full_name] = f"it cannot be aggregated: {aggregate.error}"
+                shares.without[metric.full_name] = f"it cannot be aggregated: {aggregate.error}"
                 continue
             aggregate = aggregate.function
         name = _name_of(aggregate)
         numbers = [number_of(value) for value in values]
         binary = all(number in (0.0, 1.0) for number in numbers)
         share = name in ("mean", "nanmean") and (binary or metric.name.startswith("acc"))
-        found.ranges[metric] = (0.0, 1.0) if share else RANGES.get(str(name), ANYTHING)
+        shares.ranges[metric] = (0.0, 1.0) if share else RANGES.get(str(name), ANYTHING)
         try:
-            found.tasks[metric] = contributions(aggregate, name, values)
+            shares.tasks[metric] = contributions(aggregate, name, values)
         except (TypeError, ValueError) as error:
-            found.without[metric.full_name] = str(error)
+            shares.without[metric.full_name] = str(error)
     for group in groups.values():
         for metric, weights in _group_metrics(group, results):
             members = [Metric(task, metric.name, metric.filter) for task in weights]
-            if any(member not in found.ranges for member in members):
-                found.without[metric.full_name] = "it cannot be aggregated in all tasks"
+            if any(member not in shares.ranges for member in members):
+                shares.without[metric.full_name] = "it cannot be aggregated in all tasks"
                 continue
-            ranges = {found.ranges[member] for member in members}
-            found.ranges[metric] = ranges.pop() if len(ranges) == 1 else ANYTHING
-            missing = [member.owner for member in members if member not in found.tasks]
+            ranges = {shares.ranges[member] for member in members}
+            shares.ranges[metric] = ranges.pop() if len(ranges) == 1 else ANYTHING
+            missing = [member.owner for member in members if member not in shares.tasks]
             if missing:
-                found.without[metric.full_name] = f"it has none in {', '.join(missing)}"
+                shares.without[metric.full_name] = f"it has none in {', '.join(missing)}"
                 continue
-            parts = [(found.tasks[member], weights[member.owner]) for member in members]
+            parts = [(shares.tasks[member], weights[member.owner]) for member in members]
             if not _is_mean_of_documents(parts):
-                found.groups[metric] = dict(zip(weights, of_group(parts), strict=True))
-    return found
+                shares.groups[metric] = dict(zip(weights, of_group(parts), strict=True))
+    return shares
 
 
 def _name_of(aggregate: Callable[..., Any]) -> str | None:
@@ -187,8 +187,8 @@ def read_metrics(
         if error is not None and math.isfinite(error) and not (share and share.logarithmic):
             ends = value - NORMAL_95 * error, value + NORMAL_95 * error
             intervals[metric.full_name] = cut(ends, within)
-        elif found := _interval(metric, shares):
-            intervals[metric.full_name] = cut(found, within)
+        elif interval := _interval(metric, shares):
+            intervals[metric.full_name] = cut(interval, within)
     return metrics, intervals
 
 

@@ -92,8 +92,8 @@ class PreparedTasks:
             if stored is None:
                 task.build_all_requests = partial(self._build, name, task, task.build_all_requests)
             else:
-                given = stored[name], changed.get(name, {})
-                task.build_all_requests = partial(_take, task, *given)
+                source = stored[name], changed.get(name, {})
+                task.build_all_requests = partial(_take, task, *source)
         self.found = None
 
     def prompt_hashes(self, name: str, documents: Sequence[int]) -> dict[int, str]:
@@ -101,8 +101,8 @@ class PreparedTasks:
 
         documents: the numbers of the documents that are scored
         """
-        instances = sorted(self.tasks[name].instances, key=lambda one: -one.idx)
-        return {documents[one.doc_id]: one.prompt_hash for one in instances}
+        instances = sorted(self.tasks[name].instances, key=lambda instance: -instance.idx)
+        return {documents[instance.doc_id]: instance.prompt_hash for instance in instances}
 
     def _build(self, name: str, task: Any, build: Callable[..., None], **settings: Any) -> None:
         build(**settings)
@@ -110,23 +110,23 @@ class PreparedTasks:
         encoded = self.encode(instances)
         task._instances = self._done[name] = [
             EncodedInstance(
-                request_type=one.request_type,
-                doc=one.doc,
-                arguments=one.arguments,
-                idx=one.idx,
-                metadata=one.metadata,
+                request_type=instance.request_type,
+                doc=instance.doc,
+                arguments=instance.arguments,
+                idx=instance.idx,
+                metadata=instance.metadata,
                 encoded=ids,
-                prompt_hash=prompt_hash(one.args[0]),
+                prompt_hash=prompt_hash(instance.args[0]),
             )
-            for one, ids in zip(instances, encoded, strict=True)
+            for instance, ids in zip(instances, encoded, strict=True)
         ]
         if self.built is None:
             return
         unchanged = dict(_documents(task, settings))
         changed = {
-            one.doc_id: one.doc
-            for one in instances
-            if not _same(one.doc, unchanged.get(one.doc_id))
+            instance.doc_id: instance.doc
+            for instance in instances
+            if not _same(instance.doc, unchanged.get(instance.doc_id))
         }
         self._changed |= {name: changed} if changed else {}
         if len(self._done) == len(self.tasks):
@@ -157,10 +157,10 @@ def prepared_tasks(
         yield PreparedTasks(tasks, encode)
         return
     with ExitStack() as turn:
-        found = shelf.find(identity)
-        if found is None:
+        stored = shelf.find(identity)
+        if stored is None:
             turn.enter_context(shelf.turn(identity, wait))
-            found = shelf.find(identity)
+            stored = shelf.find(identity)
 
         def built(arrays: Arrays | None) -> None:
             if arrays is not None:
@@ -168,9 +168,9 @@ def prepared_tasks(
             turn.close()
             then()
 
-        if found is not None:
+        if stored is not None:
             turn.close()
-        yield PreparedTasks(tasks, encode, found, built)
+        yield PreparedTasks(tasks, encode, stored, built)
 
 
 def _take(
@@ -178,8 +178,8 @@ def _take(
 ) -> None:
     """Give a task the requests of a prepared file, with its own documents or those changed."""
     documents = dict(_documents(task, settings)) | dict(changed)
-    for one in stored:
-        one.doc = documents[one.doc_id]
+    for instance in stored:
+        instance.doc = documents[instance.doc_id]
     task._instances = stored
 
 
@@ -203,21 +203,24 @@ def pack_requests(
     instances: Mapping[str, Sequence[EncodedInstance]], changed: Changed
 ) -> Arrays | None:
     """Return tasks' requests as arrays; None if a setting or a document is no plain JSON."""
-    every = [one for task in instances.values() for one in task]
-    kinds = sorted({str(one.request_type) for one in every})
+    every = [instance for task in instances.values() for instance in task]
+    kinds = sorted({str(instance.request_type) for instance in every})
     settings: dict[str, int] = {}
     setting = []
-    for one in every:
+    for instance in every:
         own: Json | None = None
-        if isinstance(one.encoded, Prompt):
-            own = {"settings": one.encoded.settings, "opens_thought": one.encoded.opens_thought}
+        if isinstance(instance.encoded, Prompt):
+            own = {
+                "settings": instance.encoded.settings,
+                "opens_thought": instance.encoded.opens_thought,
+            }
         if (written := _plain_json(own)) is None:
             return None
         setting.append(settings.setdefault(written, len(settings)))
-    listed = [[name, [list(pair) for pair in found.items()]] for name, found in changed.items()]
+    listed = [[name, [list(pair) for pair in pairs.items()]] for name, pairs in changed.items()]
     if (documents := _plain_json(listed)) is None:
         return None
-    parts = [_parts(one.encoded) for one in every]
+    parts = [_parts(instance.encoded) for instance in every]
     inputs, text = pack_sequences([ids for part in parts for ids, _ in part])
     targets, target = pack_sequences([ids for part in parts for _, ids in part])
     table = {
@@ -226,15 +229,15 @@ def pack_requests(
         "settings": [json.loads(written) for written in settings],
         **({"changed": json.loads(documents)} if changed else {}),
     }
-    hashes = b"".join(bytes.fromhex(one.prompt_hash) for one in every)
+    hashes = b"".join(bytes.fromhex(instance.prompt_hash) for instance in every)
     return {
         **{INPUTS + name: array for name, array in inputs.items()},
         **{TARGETS + name: array for name, array in targets.items()},
         TABLE: np.frombuffer(json.dumps(table).encode(), np.uint8),
-        "kind": np.array([kinds.index(str(one.request_type)) for one in every], np.uint8),
-        "document": np.array([one.doc_id for one in every], np.int32),
-        "index": np.array([one.idx for one in every], np.int32),
-        "repeats": np.array([one.repeats for one in every], np.int32),
+        "kind": np.array([kinds.index(str(instance.request_type)) for instance in every], np.uint8),
+        "document": np.array([instance.doc_id for instance in every], np.int32),
+        "index": np.array([instance.idx for instance in every], np.int32),
+        "repeats": np.array([instance.repeats for instance in every], np.int32),
         "setting": np.array(setting, np.int32),
         "prompt_hash": np.frombuffer(hashes, np.uint8).reshape(-1, HASH_BYTES),
         "parts": np.array([len(part) for part in parts], np.int32),
@@ -246,7 +249,7 @@ def pack_requests(
 def changed_documents(arrays: Arrays) -> Changed:
     """Return the documents that prompts changed, as `pack_requests` received them."""
     table = json.loads(arrays[TABLE].tobytes())
-    return {name: dict(found) for name, found in table.get("changed", ())}
+    return {name: dict(pairs) for name, pairs in table.get("changed", ())}
 
 
 def _plain_json(content: Any) -> str | None:
@@ -272,9 +275,9 @@ def unpack_requests(arrays: Arrays) -> dict[str, list[EncodedInstance]]:
     columns = ("kind", "document", "index", "repeats", "setting", "parts")
     rows = enumerate(zip(*(arrays[name].tolist() for name in columns), strict=True))
     pairs = zip(arrays["text"].tolist(), arrays["target"].tolist(), strict=True)
-    found: dict[str, list[EncodedInstance]] = {}
+    by_task: dict[str, list[EncodedInstance]] = {}
     for name, task, count in table["tasks"]:
-        found[name] = instances = []
+        by_task[name] = instances = []
         for number, (kind, document, index, repeats, setting, parts) in islice(rows, count):
             own, encoded = table["settings"][setting], islice(pairs, parts)
             begin = 2 * HASH_BYTES * number
@@ -291,7 +294,7 @@ def unpack_requests(arrays: Arrays) -> dict[str, list[EncodedInstance]]:
                     prompt_hash=hashes[begin : begin + 2 * HASH_BYTES],
                 )
             )
-    return found
+    return by_task
 
 
 def _below(beginning: str, arrays: Arrays) -> Arrays:

@@ -33,14 +33,14 @@ def source_files(include: Path) -> set[Path]:
     `!function`s, and what these import, wherever that lies; without what is installed. A file that
     cannot be found or read is left out: whoever loads the task refuses it.
     """
-    found: set[Path] = set()
+    files: set[Path] = set()
     new = {path.resolve() for path in include.rglob("*.yaml")}
     while new:
         path = new.pop()
-        found.add(path)
+        files.add(path)
         read = _imported if path.suffix == ".py" else _named
-        new |= {other for other in read(path) if other not in found and _is_the_users(other)}
-    return found
+        new |= {other for other in read(path) if other not in files and _is_the_users(other)}
+    return files
 
 
 def _is_the_users(path: Path) -> bool:

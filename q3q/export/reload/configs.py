@@ -44,12 +44,12 @@ class Group:
 
 def groups_of(packed: dict[str, Any]) -> list[Group]:
     """Return the settings of a compressed-tensors config."""
-    found = []
+    groups = []
     for group in packed["config_groups"].values():
         weights = group["weights"]
         scales = {"tensor_group": "e4m3"}.get(weights["strategy"], "float")
         powers = weights["type"] == "float" and "uint8" in str(weights.get("scale_dtype"))
-        found.append(
+        groups.append(
             Group(
                 bits=weights["num_bits"],
                 floats=weights["type"] == "float",
@@ -59,7 +59,7 @@ def groups_of(packed: dict[str, Any]) -> list[Group]:
                 wide_groups=weights["strategy"] in ("channel", "tensor"),
             )
         )
-    return found
+    return groups
 
 
 AS_IT_IS, UNPACKED = "as it is", "dequantize=True"
@@ -119,9 +119,9 @@ def rounding_of(packed: dict[str, Any], linear: str) -> dict[str, Any] | None:
 def roundings_of(packed: dict[str, Any]) -> list[list[Any]]:
     """Return [type, bits, channels that share a scale] of each way in which inputs are rounded."""
     groups = packed.get("config_groups", {}).values()
-    found = {
+    roundings = {
         (args["type"], args["num_bits"], args.get("group_size") or -1)
         for args in (group.get("input_activations") for group in groups)
         if args
     }
-    return [list(one) for one in sorted(found)]
+    return [list(rounding) for rounding in sorted(roundings)]

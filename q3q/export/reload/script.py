@@ -81,8 +81,8 @@ def main() -> None:
     from safetensors.torch import load_file, save_file
 
     with torch.inference_mode():
-        given = None if inputs.name == "weights" else load_file(inputs)
-        facts, tensors = findings(folder, given, measure=True)
+        tensors_in = None if inputs.name == "weights" else load_file(inputs)
+        facts, tensors = findings(folder, tensors_in, measure=True)
     save_file(tensors, out.with_suffix(".safetensors"))
     out.with_suffix(".json").write_text(json.dumps(facts), encoding="utf-8")
 

@@ -145,14 +145,14 @@ def input_factors(folder: Path) -> dict[str, float]:
     """Return the factors that inputs' scales are stored times, by their linears on disk."""
     from safetensors import safe_open
 
-    found = {}
+    factors = {}
     for shard in sorted(folder.glob("*.safetensors")):
         with safe_open(shard, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118  (the file is no dict)
                 linear, _, last = name.rpartition(".")
                 if last == "input_global_scale":
-                    found[linear] = float(file.get_tensor(name))
-    return found
+                    factors[linear] = float(file.get_tensor(name))
+    return factors
 
 
 def numbers_on_disk(folder: Path, config: dict[str, Any]) -> Iterator[tuple[str, "Tensor"]]:

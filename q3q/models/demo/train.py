@@ -229,7 +229,7 @@ def train(kind: str, out: Path, checkpoint: Path | None = None) -> None:
         if number:
             earlier = type(model).from_pretrained(out, dtype=torch.float32)
             model.load_state_dict(earlier.state_dict())
-        kept = Kept(checkpoint, f"{kind}, {stage}") if checkpoint else None
+        kept = StageCheckpoint(checkpoint, f"{kind}, {stage}") if checkpoint else None
         batches = batches_of(windows(tokenizer, stage.seed, stage.story_share))
         run = run_stage(model, batches, stage, kept)
         if kind == "moe":
@@ -264,7 +264,7 @@ def batches_of(stream: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor
 
 
 @dataclass
-class Run:
+class StageProgress:
     """How far a stage has come.
 
     recent: losses of the steps since the curve's last point
@@ -279,7 +279,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Kept:
+class StageCheckpoint:
     """The checkpoint of an unfinished stage: a file, and what is trained in it.
 
     The order of the batches follows from the stage's seed, and nothing else in a step is random, so
@@ -289,21 +289,23 @@ class Kept:
     path: Path
     subject: str
 
-    def save(self, run: Run, model: torch.nn.Module, parts: list[torch.optim.Optimizer]) -> None:
+    def save(
+        self, run: StageProgress, model: torch.nn.Module, parts: list[torch.optim.Optimizer]
+    ) -> None:
         content = io.BytesIO()
         states = [part.state_dict() for part in parts]
         facts = {"subject": self.subject, "run": asdict(run)}
         torch.save({**facts, "model": model.state_dict(), "optimizers": states}, content)
         write_atomically(self.path, content.getvalue())
 
-    def load(self, model: torch.nn.Module, parts: list[torch.optim.Optimizer]) -> Run:
+    def load(self, model: torch.nn.Module, parts: list[torch.optim.Optimizer]) -> StageProgress:
         """Fill model and optimizers from the file, if there is one; return how far they had come.
 
         Raises:
             SystemExit: the file is of another training.
         """
         if not self.path.exists():
-            return Run()
+            return StageProgress()
         kept = torch.load(io.BytesIO(read_file(self.path)), weights_only=True)
         if kept["subject"] != self.subject:
             raise SystemExit(
@@ -313,19 +315,19 @@ class Kept:
         model.load_state_dict(kept["model"])
         for part, state in zip(parts, kept["optimizers"], strict=True):
             part.load_state_dict(state)
-        return Run(**kept["run"])
+        return StageProgress(**kept["run"])
 
 
 def run_stage(
     model: PreTrainedModel,
     batches: Iterator[tuple[Tensor, Tensor]],
     stage: Stage,
-    kept: Kept | None = None,
-) -> Run:
+    kept: StageCheckpoint | None = None,
+) -> StageProgress:
     """Train the model in place, from the checkpoint if there is one."""
     parts = optimizers(model)
     peak = [stage.rate * group["lr"] for part in parts for group in part.param_groups]
-    run = kept.load(model, parts) if kept else Run()
+    run = kept.load(model, parts) if kept else StageProgress()
     groups = [group for part in parts for group in part.param_groups]  # loading replaced them
     if run.step:
         print(f"going on after step {run.step}", flush=True)

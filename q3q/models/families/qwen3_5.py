@@ -58,16 +58,16 @@ class SeesImages(Family):
     carried: ClassVar[tuple[str, ...]] = ("mtp.", "model.visual.")
 
     def facts(self, values: Values) -> ModelFacts:
-        given = {
+        text_values = {
             key: value for key, value in values.table("text_config").items() if value is not None
         }
-        if not given:
+        if not text_values:
             raise values.wrong("it has no text_config, which says what its text part is")
         above = {key: values.config[key] for key in ABOVE if key in values.config}
         # transformers writes the inner one out as false where only the outer one was set.
-        inner = replace(values, config=given)
+        inner = replace(values, config=text_values)
         tied = values.flag(TIED) or inner.flag(TIED)
-        return super().facts(replace(values, config=above | given | {TIED: tied}))
+        return super().facts(replace(values, config=above | text_values | {TIED: tied}))
 
 
 class Qwen35(SeesImages, Qwen35Text):

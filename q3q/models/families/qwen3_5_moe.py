@@ -30,8 +30,8 @@ class Qwen35MoeText(Qwen35Text, SharedExpert):
         """Every block has experts, and their shares always sum to 1."""
         shared = values.with_defaults(self.defaults).count("shared_expert_intermediate_size")
         fixed = {"mlp_only_layers": [], "decoder_sparse_step": 1, "norm_topk_prob": True}
-        given = {**values.config, **fixed, "intermediate_size": shared}
-        return super().facts(replace(values, config=given))
+        completed = {**values.config, **fixed, "intermediate_size": shared}
+        return super().facts(replace(values, config=completed))
 
 
 class Qwen35Moe(SeesImages, Qwen35MoeText):

@@ -36,21 +36,21 @@ def find_family(model_type: Any) -> Family:
         CheckpointError: there is none, or the package that offers it is broken.
     """
     points, word = _offered(), str(model_type)[:LONGEST]
-    known = (*OWN, *sorted(points))
+    model_types = (*OWN, *sorted(points))
     if model_type is None:
         raise CheckpointError(
             "config.json has no model_type, which names a model's family. q3q runs "
-            f"{', '.join(known)}; {GUIDE} says how to add one, in one file"
+            f"{', '.join(model_types)}; {GUIDE} says how to add one, in one file"
         )
     if word in OWN:
         module, _, name = OWN[word].partition(":")
         return getattr(import_module(module), name)()
     if word in points:
         return _load(points[word])
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.7)
+    near = difflib.get_close_matches(word, model_types, n=1, cutoff=0.7)
     nearest = f"; the nearest name is {near[0]}" if near else ""
     raise CheckpointError(
-        f"model_type {word!r} is of no family that q3q runs: {', '.join(known)}{nearest}. "
+        f"model_type {word!r} is of no family that q3q runs: {', '.join(model_types)}{nearest}. "
         f"{GUIDE} says how to add one, in one file"
     )
 

@@ -58,5 +58,5 @@ def _layout(algorithm: str, settings: Mapping[str, Any]) -> Layout:
 
 def _wildcards(patterns: Iterable[str]) -> str:
     """Return a pattern of these modules and all in them; a star stands for any characters."""
-    found = [re.escape(pattern).replace(r"\*", ".*") for pattern in patterns]
-    return f"(?:{'|'.join(found)})(?:\\..*)?" if found else NOTHING
+    expressions = [re.escape(pattern).replace(r"\*", ".*") for pattern in patterns]
+    return f"(?:{'|'.join(expressions)})(?:\\..*)?" if expressions else NOTHING

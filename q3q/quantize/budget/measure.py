@@ -131,7 +131,7 @@ def _of_block(
             if final_PH is None:
                 yield unit.name, _checked(unit, _output_errors(job, block, candidates, hidden))
                 continue
-            waiting.append((unit, [_outputs(job, one, hidden) for one in candidates]))
+            waiting.append((unit, [_outputs(job, candidate, hidden) for candidate in candidates]))
             if not job.model.streamed:
                 yield from _divergences(job, unit.block, waiting, final_PH)
                 waiting = []
@@ -144,10 +144,10 @@ def _sharing_sites(units: Sequence[Unit]) -> list[list[Unit]]:
 
     Rows of a site are independent given what it reads, so one solve of it serves all its linears.
     """
-    found: dict[tuple[str, ...], list[Unit]] = {}
+    by_sites: dict[tuple[str, ...], list[Unit]] = {}
     for unit in units:
-        found.setdefault(unit.sites, []).append(unit)
-    return list(found.values())
+        by_sites.setdefault(unit.sites, []).append(unit)
+    return list(by_sites.values())
 
 
 def _quantized(

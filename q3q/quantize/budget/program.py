@@ -152,10 +152,10 @@ class _Program:
 
     def least(self, numbers: Numbers) -> list[int]:
         """Return the allotment with the least sum within all bounds."""
-        found = self._solve([number for row in numbers for number in row])
-        if found is None:
+        allotment = self._solve([number for row in numbers for number in row])
+        if allotment is None:
             raise IntegrityError("the integer program found no allotment where there is one")
-        return found
+        return allotment
 
     def _solve(self, objective: Sequence[int]) -> list[int] | None:
         # Most trials allot nothing, and this import takes most of a second.

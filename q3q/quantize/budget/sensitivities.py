@@ -145,23 +145,24 @@ def turn_at(
     """Yield the trial's sensitivities; incomplete ones with the claim on measuring the rest.
 
     Args:
-        wait: receives whoever measures them now, at every poll; may raise to stop waiting.
+        wait: receives the process that measures them now, at every poll; may raise to stop waiting.
     """
     identity = identity_of(trial.spec, units)
-    found = Sensitivities(file_of(trial.placement.storage, identity), identity)
-    mirror, name = mirror_for(trial.placement.store), f"{FOLDER}/{found.path.name}"
-    clear_for_folder(found.path.parent)
-    found.read()
-    if found.complete:
-        yield found, None
+    sensitivities = Sensitivities(file_of(trial.placement.storage, identity), identity)
+    mirror, name = mirror_for(trial.placement.store), f"{FOLDER}/{sensitivities.path.name}"
+    clear_for_folder(sensitivities.path.parent)
+    sensitivities.read()
+    if sensitivities.complete:
+        yield sensitivities, None
         return
-    where = found.path.parent if mirror is None else mirror.claim_store(FOLDER)
-    with claimed(where, found.id, wait) as claim:
+    where = sensitivities.path.parent if mirror is None else mirror.claim_store(FOLDER)
+    with claimed(where, sensitivities.id, wait) as claim:
         if mirror is not None:
             mirror.pull(name)
-        found.read()  # another may have measured them meanwhile
-        if found.complete or mirror is None:
-            yield found, None if found.complete else claim
+        sensitivities.read()  # another may have measured them meanwhile
+        if sensitivities.complete or mirror is None:
+            yield sensitivities, None if sensitivities.complete else claim
             return
-        with uploading(mirror, name, sure=claim.check):  # each unit, for whoever goes on elsewhere
-            yield found, claim
+        # Each unit is sent, so that another machine can go on.
+        with uploading(mirror, name, check_claim=claim.check):
+            yield sensitivities, claim

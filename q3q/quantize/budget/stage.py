@@ -97,18 +97,20 @@ def allotted(
     if spec.budget is None:
         return Allotment(spec, None)
     units = units_of(spec, facts)
-    known = store.recall(ALLOTMENT)
-    if known is None or known["units"] != [unit.name for unit in units]:
+    allotment = store.recall(ALLOTMENT)
+    if allotment is None or allotment["units"] != [unit.name for unit in units]:
         beside = math.ceil(
             bits_beside(checkpoint, weights_in(facts, units), _ends(spec, facts.tied))
         )
-        known = _solved(trial, model, tokenizer, units, beside + ends_bits(spec, facts), reporter)
+        allotment = _solved(
+            trial, model, tokenizer, units, beside + ends_bits(spec, facts), reporter
+        )
         if store.holds(1):  # blocks without their widths
             forget_progress(trial)
             store.delete()
-        store.remember(ALLOTMENT, known)
+        store.remember(ALLOTMENT, allotment)
     reporter.phase(SENSING)(1, 1)
-    return Allotment(with_widths(spec, units, known["bits"])[0], known)
+    return Allotment(with_widths(spec, units, allotment["bits"])[0], allotment)
 
 
 def _ends(spec: TrialSpec, tied: bool) -> list[str]:
@@ -131,8 +133,8 @@ def _solved(
     sizes = sizes_of(spec, facts, units, budget.widths)
     limit = limit_of(spec, facts, units, beside)
     refuse_unreachable(budget, sizes, limit, weights, beside)
-    found = _sensitivities(trial, model, tokenizer, units, reporter)
-    costs = found.table()
+    sensitivities = _sensitivities(trial, model, tokenizer, units, reporter)
+    costs = sensitivities.table()
     chosen = allot(costs, sizes, limit)
     bits = [budget.widths[w] for w in chosen]
     _, patterns = with_widths(spec, units, bits)
@@ -141,7 +143,7 @@ def _solved(
         "bits": bits,
         "limit": limit,
         "total": sum(row[w] for row, w in zip(sizes, chosen, strict=True)),
-        "sensitivities": found.id,
+        "sensitivities": sensitivities.id,
         "widths": list(budget.widths),
         "measured": costs,
         "predicted": math.fsum(row[w] for row, w in zip(costs, chosen, strict=True)),
@@ -159,15 +161,15 @@ def _sensitivities(
 
     while True:
         try:
-            with turn_at(trial, units, wait) as (found, claim):
+            with turn_at(trial, units, wait) as (sensitivities, claim):
                 if claim is not None:
                     job = _measurement(trial, model, tokenizer, units, reporter)
-                    begin = partial(_tell, reporter, _Pace(job, found))
-                    for unit, row in measured(job, found.rows, begin):
+                    begin = partial(_tell, reporter, _UnitPace(job, sensitivities))
+                    for unit, row in measured(job, sensitivities.rows, begin):
                         claim.check()
-                        found.add(unit, row)
+                        sensitivities.add(unit, row)
                     model.release_head()
-            return found
+            return sensitivities
         except ClaimLostError:  # whoever took the claim measures the rest
             continue
 
@@ -206,31 +208,35 @@ def _measurement(
     )
 
 
-class _Pace:
+class _UnitPace:
     """How long the rest of the units takes, from what those took that are measured.
 
     For a divergence, a unit's outputs run through all later blocks, so early units take longer.
     """
 
-    def __init__(self, job: Measurement, found: Sensitivities) -> None:
+    def __init__(self, job: Measurement, sensitivities: Sensitivities) -> None:
         blocks = len(job.model.blocks)
         self._works = {
             unit.name: 2 + (blocks - unit.block if job.measure == KL else 0) for unit in job.units
         }
-        self._found, self._before = found, set(found.rows)
+        self._sensitivities, self._before = sensitivities, set(sensitivities.rows)
         self._started = time.monotonic()
 
     def left(self) -> str:
-        done = sum(self._works[name] for name in self._found.rows if name not in self._before)
-        rest = sum(work for name, work in self._works.items() if name not in self._found.rows)
+        done = sum(
+            self._works[name] for name in self._sensitivities.rows if name not in self._before
+        )
+        rest = sum(
+            work for name, work in self._works.items() if name not in self._sensitivities.rows
+        )
         if not done:
             return ""
         return f", about {duration((time.monotonic() - self._started) * rest / done)} left"
 
     @property
     def share(self) -> tuple[int, int]:
-        return len(self._found.rows), len(self._works)
+        return len(self._sensitivities.rows), len(self._works)
 
 
-def _tell(reporter: Reporter, pace: _Pace, unit: Unit) -> None:
+def _tell(reporter: Reporter, pace: _UnitPace, unit: Unit) -> None:
     reporter.phase(SENSING, f"{unit.name}{pace.left()}")(*pace.share)

@@ -219,7 +219,7 @@ def with_widths(
 
 def by_block(units: Sequence[Unit]) -> Mapping[int, list[int]]:
     """Return the numbers of each block's units."""
-    found: dict[int, list[int]] = {}
+    numbers: dict[int, list[int]] = {}
     for u, unit in enumerate(units):
-        found.setdefault(unit.block, []).append(u)
-    return found
+        numbers.setdefault(unit.block, []).append(u)
+    return numbers

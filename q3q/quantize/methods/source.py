@@ -41,13 +41,13 @@ def source_of(method: MethodRef) -> Json | None:
         return None
     python = ".".join(platform.python_version_tuple()[:2])
     if method.package is None:
-        found = {"of": module, "python": python, "q3q": packages().get("q3q")}
+        origin = {"of": module, "python": python, "q3q": packages().get("q3q")}
         digest = _digest_of((module,))
     else:
         tops = sorted({name.partition(".")[0] for name in (module, type(settings).__module__)})
-        found = {"of": "+".join(tops), "python": python}
+        origin = {"of": "+".join(tops), "python": python}
         digest = _digest_of(tuple(tops))
-    return None if digest is None else {**found, DIGEST: digest}
+    return None if digest is None else {**origin, DIGEST: digest}
 
 
 def differ(recorded: Any, now: Json | None) -> bool:

@@ -13,7 +13,7 @@ from q3q.report.plots.drawing import Plot, handle, legend, mark, panel
 from q3q.report.plots.looks import REFERENCE, SOFT, Looks, points_only
 from q3q.report.plots.words import slug
 from q3q.report.pools import Pool
-from q3q.report.sizes import Size, megabytes, said
+from q3q.report.sizes import Size, megabytes, sizes_note
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,10 +39,10 @@ def picture_of_answer(
         memory: the cache that sizes count too.
     """
     points = [
-        (pool, size, found)
+        (pool, size, change)
         for pool in tried
         if (size := size_of(pool, memory)) is not None
-        and (found := tests.change(pool, metric)) is not None
+        and (change := tests.change(pool, metric)) is not None
     ]
     if len(points) < 2:
         return None
@@ -55,12 +55,12 @@ def picture_of_answer(
         description = f"{reference.name}: {megabytes(unquantized.value)}"
         mark(axes, x, 0.0, REFERENCE, reference.label, description)
         handles[reference.label] = handle(points_only(REFERENCE), reference.label)
-    for pool, size, found in points:
+    for pool, size, change in points:
         look = looks.get(pool.label, REFERENCE)
-        x, y = size.value / 1e6, 100 * found.value
+        x, y = size.value / 1e6, 100 * change.value
         heights += [y]
-        if found.low is not None and found.high is not None:
-            ends = [100 * found.low, 100 * found.high]
+        if change.low is not None and change.high is not None:
+            ends = [100 * change.low, 100 * change.high]
             heights += ends
             axes.plot([x, x], ends, color=look["color"], linewidth=1.2, alpha=0.7)
         if pool is chosen:
@@ -70,7 +70,7 @@ def picture_of_answer(
             )  # fmt: skip
             own = "" if pool.spec.budget else f", {plural(pool.bits, 'bit')}"
             _write(axes, RING + own, (x, y), (0, 11), "center")
-        description = f"{pool.name}: {megabytes(size.value)}, {found.amount}"
+        description = f"{pool.name}: {megabytes(size.value)}, {change.amount}"
         mark(axes, x, y, look, pool.label, description)
         handles[pool.label] = handle(points_only(look), pool.label)
     for bits, place in _widths(points, chosen).items():
@@ -89,7 +89,7 @@ def picture_of_answer(
     legend(figure, handles)
     rules = [size.rule for _, size, _ in points]
     title = f"What each choice costs: {words} against size"
-    return Plot(f"{slug(name)}-answer", title, said(rules), figure, name)
+    return Plot(f"{slug(name)}-answer", title, sizes_note(rules), figure, name)
 
 
 def _widths(
@@ -97,16 +97,16 @@ def _widths(
 ) -> dict[int, tuple[float, float]]:
     """Return where each width is named: at its choice that costs least, unless that has a ring."""
     lowest: dict[int, tuple[Pool, Size, Change]] = {}
-    for pool, size, found in points:
+    for pool, size, change in points:
         if pool.spec.budget is None and (
-            pool.bits not in lowest or abs(found.value) < abs(lowest[pool.bits][2].value)
+            pool.bits not in lowest or abs(change.value) < abs(lowest[pool.bits][2].value)
         ):
-            lowest[pool.bits] = pool, size, found
+            lowest[pool.bits] = pool, size, change
     if len(lowest) > MOST_WIDTHS:
         return {}
     return {
-        bits: (size.value / 1e6, 100 * found.value)
-        for bits, (pool, size, found) in lowest.items()
+        bits: (size.value / 1e6, 100 * change.value)
+        for bits, (pool, size, change) in lowest.items()
         if chosen is None or pool.bits != chosen.bits
     }
 

@@ -142,16 +142,16 @@ def _site_heatmap(record: TrialRecord, ends: tuple[float, float] | None = None) 
         return notice(f"{name}: no linear was quantized.")
     outputs = _has_outputs(record)
     quantity = "output error ‖X(W − Q)ᵀ‖ / ‖XWᵀ‖" if outputs else "weight error ‖W − Q‖ / ‖W‖"
-    found = _site_grid(record)
-    grid, rows, blocks = found.errors, found.rows, found.blocks
+    heatmap = _site_grid(record)
+    grid, rows, blocks = heatmap.errors, heatmap.rows, heatmap.blocks
     height = 1.2 + max(1.2, 0.3 * len(rows))
     figure = new_figure(2.8 + min(max(3.6, 0.4 * len(blocks)), 10), height)
     axes = figure.subplots()
     draw_grid(figure, axes, grid, quantity, lambda y, x: f"block {blocks[x]}, {rows[y]}", ends=ends)
     _name_blocks(axes, blocks)
     axes.set_yticks(range(len(rows)), labels=rows, fontsize=8)
-    linears = f"\nmean over the {found.averaged} linears of each site"
-    mean = linears if found.averaged > 1 else ""
+    linears = f"\nmean over the {heatmap.averaged} linears of each site"
+    mean = linears if heatmap.averaged > 1 else ""
     missing = _missing(grid)
     grey = f"\ngrey: {missing} without a number" if missing else ""
     axes.set_title(f"{name}: {quantity}{mean}{grey}", fontsize=10)

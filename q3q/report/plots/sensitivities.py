@@ -49,12 +49,12 @@ class Allotted:
 
 def sensitivities(model: str, records: Sequence[TrialRecord]) -> Iterator[Plot]:
     """Draw a row per unit and a column per width, and frame the width that each unit was given."""
-    found = [(record, grid) for record in records if (grid := Allotted.of(record)) is not None]
-    for record, grid in found[:MOST_HEATMAPS]:
+    grids = [(record, grid) for record in records if (grid := Allotted.of(record)) is not None]
+    for record, grid in grids[:MOST_HEATMAPS]:
         yield Plot(
             f"{slug(model)}-{record.spec.id}-sensitivities",
             f"What each unit loses alone, and the width that it got: {record.spec.name}",
-            _caption(record, len(found) - MOST_HEATMAPS),
+            _caption(record, len(grids) - MOST_HEATMAPS),
             _figure(record, grid),
             model,
         )

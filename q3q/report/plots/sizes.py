@@ -39,7 +39,7 @@ from q3q.report.sizes import (
     megabytes,
     number_of,
     parameters_of,
-    said,
+    sizes_note,
 )
 
 if TYPE_CHECKING:
@@ -135,7 +135,9 @@ def _front(
     name_axes(axes, width, height_title(metric, level))
     legend(figure, handles)
     left_out = [(pool, "no size") for pool in tried if pool not in measured]
-    return figure, " ".join(filter(None, [said_of_cache, said(rules), not_shown(left_out, metric)]))
+    return figure, " ".join(
+        filter(None, [said_of_cache, sizes_note(rules), not_shown(left_out, metric)])
+    )
 
 
 def quality_against_parameters(records: Sequence[TrialRecord]) -> Iterator[Plot]:
@@ -218,6 +220,6 @@ def _ticks(sizes: Sequence[float]) -> dict[float, str]:
 
 def _parameters(records: Sequence[TrialRecord]) -> float | None:
     """Return millions of parameters, from the first record that knows its model's size."""
-    known = (size for record in records if (size := parameters_of(record)) is not None)
-    size = next(known, None)
+    sizes = (size for record in records if (size := parameters_of(record)) is not None)
+    size = next(sizes, None)
     return None if size is None else size / 1e6

@@ -133,11 +133,11 @@ class Cluster:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        told = isinstance(error, (SystemExit, KeyboardInterrupt))
+        asked_to_end = isinstance(error, (SystemExit, KeyboardInterrupt))
         # Once Ray is gone, its core ends this process with a code of its own, so Ray stays until
         # the report is written. Whoever told this process to end may have told Ray's as well, so
         # nobody waits for their answer.
-        if not (told and self.address is None and ending.end_at_once(kill_servers)):
+        if not (asked_to_end and self.address is None and ending.end_at_once(kill_servers)):
             self.stop()
 
     def total(self) -> Resources:

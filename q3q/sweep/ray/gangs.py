@@ -154,6 +154,8 @@ class Gang:
         if not settled and precedence not in (Precedence.DEATH, Precedence.ERROR_OF_RANK_0):
             return None
         if precedence is Precedence.SECONDARY_FAILURE:
-            lost = WorkerDiedError("the ranks of a gang lost each other, and none says why")
+            lost = WorkerDiedError(
+                "all ranks of the gang lost their connections, and none reported a cause"
+            )
             return Message(DIED, caused_by(lost, decisive[rank].content))
         return decisive[rank]

@@ -28,8 +28,8 @@ MOST_FAILURES = 4
 Gpu = tuple[str, tuple[str, ...]]  # its machine, and its number there; a task may have several
 
 
-class _Kept(NamedTuple):
-    """What keeps a GPU: the task that failed there, and the GPU."""
+class _FailedGpu(NamedTuple):
+    """A GPU that is kept aside, and the key of the task that failed there."""
 
     key: str
     gpu: Gpu
@@ -50,7 +50,7 @@ class GpusAside:
 
     def __init__(self, patience: float = 0.0) -> None:
         self.patience = patience
-        self._kept: dict[Any, _Kept] = {}
+        self._kept: dict[Any, _FailedGpu] = {}
         # By the tasks' keys, also after GPUs were given back: otherwise a task could fail for ever.
         self._failed: dict[str, list[Gpu]] = {}
         self._busy = time.monotonic()  # when something ran last
@@ -58,13 +58,13 @@ class GpusAside:
     def keep(self, stream: Any, flight: InFlight) -> None:
         """Note that a task's process keeps the GPU that failed under it."""
         key, gpu = flight.task.key, gpu_of(flight)
-        self._kept[stream] = _Kept(key, gpu)
+        self._kept[stream] = _FailedGpu(key, gpu)
         self._failed.setdefault(key, []).append(gpu)
 
     def has_failed_before(self, key: str, gpu: Gpu) -> bool:
         """Return True if the task has failed on another GPU than this one, or too often on it."""
         earlier = self._failed.get(key, [])
-        return any(one != gpu for one in earlier) or len(earlier) >= MOST_FAILURES
+        return any(other != gpu for other in earlier) or len(earlier) >= MOST_FAILURES
 
     def forget_ended(self) -> None:
         """Forget processes that ended before they were killed here, and so keep nothing.

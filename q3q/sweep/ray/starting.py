@@ -107,15 +107,15 @@ def _session(when: str) -> str:
 
 def _servers() -> list[tuple[str, str]]:
     """Return the names and states of this process's children that are Ray's servers."""
-    found = []
+    servers = []
     for child in psutil.Process().children():
         try:
             name, state = child.name(), child.status()
         except psutil.NoSuchProcess:
             continue
         if name in SERVERS:
-            found.append((name, str(state)))
-    return found
+            servers.append((name, str(state)))
+    return servers
 
 
 def kill_servers() -> None:
