@@ -2,6 +2,7 @@
 
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from q3q.ahead import preparing
@@ -39,7 +40,7 @@ class Loaded:
 
     tokenizer: of a judged checkpoint the original's, so that both read the same
     loading: with which loader, and why
-    reference: of the unquantized model, or the original
+    reference: of the unquantized model, or the original; perhaps to be waited for
     notes: for the record
     """
 
@@ -76,7 +77,10 @@ def load(trial: Trial, team: Team, beside: ExitStack, phases: Phases, reporter: 
         model, loading = load_model(checkpoint, trial, device, memory, team)
     reporter.phase("load", str(loading))(1, 1)
     with phases.phase("baseline"):
-        reference = judged[0] if judged else reference_of(model, tokenizer, trial, reporter)
+        again = partial(load_original, checkpoint, trial, device)
+        # Who quantizes nothing has nothing else to do; a gang's rank 0 has no room for it alone.
+        later = again if spec.schemes is not None and team.size == 1 else None
+        reference = judged[0] if judged else reference_of(model, tokenizer, trial, reporter, later)
     notes = {JUDGED: judged[1]} if judged else {}
     notes |= _notes_on(checkpoint) | notes_on_kernels(device)
     return Loaded(checkpoint, tokenizer, model, loading, reference, notes)

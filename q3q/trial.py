@@ -80,6 +80,9 @@ def run_trial(trial: Trial, report: Report = lambda event: None, team: Team = SO
         with _blocks_of(trial, len(model.blocks), reporter) as store:
             made = quantized(trial, loaded, store, phases, reporter)
         trial = made.trial
+        if reference.awaited:  # another trial was computing it
+            with phases.phase("baseline"):
+                reference = reference.complete()
         with phases.phase("evaluate"):
             set_activations(model, trial.spec, made.ledger.peaks)
             set_cache(model, trial.spec)

@@ -19,7 +19,7 @@ from q3q.quantize.budget.sensitivities import Sensitivities
 from q3q.record import Progress
 from q3q.report.header import abbreviations
 from q3q.spec import TrialSpec
-from q3q.sweep.made import inputs_of
+from q3q.sweep.made import inputs_of, is_over
 from q3q.trial import run_trial
 from tests.chaos.faults import end_of, in_child
 from tests.composed import composed_trial
@@ -51,7 +51,14 @@ def test_a_trial_whose_process_is_killed_measures_only_what_is_missing(tmp_path,
     assert finished_record(killed) is None
     monkeypatch.setattr(Sensitivities, "add", counts)
     events = list[Progress]()
-    resumed = run_trial(killed, events.append)
+
+    def report(event):
+        events.append(event)
+        if is_over(stage.SENSING, event):  # a sweep starts others now, which read them
+            assert len(added) == 3
+
+    resumed = run_trial(killed, report)
+    assert any(is_over(stage.SENSING, event) for event in events)
     assert added == ["blocks.3", "blocks.4", "blocks.5"]
     notes = [event.note for event in events if event.phase == "sensitivities"]
     assert any("left" in note for note in notes)

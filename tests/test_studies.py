@@ -1,6 +1,5 @@
 """The saved studies: their questions, their trials, and what the command line may change."""
 
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,17 +14,19 @@ import q3q.config.model as config_model
 import q3q.config.texts as config_texts
 from q3q.data.texts import Text
 from q3q.errors import ConfigError
-from q3q.models.facts import read_facts
+from q3q.models.facts import ModelFacts, read_facts
 from q3q.report.paper import GROUPS, METHODS, cell_of, departures
 from q3q.report.published import published
+from q3q.sweep import packing
 from q3q.sweep.costs import CostModel
 from q3q.sweep.grid import choices_of, narrowed, replaced, trials_of
 from q3q.sweep.launcher import Job
-from q3q.sweep.machines import Machine, request_of
-from q3q.sweep.plan import describe, plan, simulated
+from q3q.sweep.machines import ResourceRequest, request_of
+from q3q.sweep.plan import Planned, describe, plan, simulated
 from tests.commands import python
 from tests.composed import compose
 from tests.specs import qwen3_config
+from tests.sweep.test_packing import NODE, paper_trial
 
 ROOT = Path(__file__).parent.parent
 STUDIES = sorted(path.stem for path in (ROOT / "conf/study").glob("*.yaml"))
@@ -77,13 +78,18 @@ SHAPES = {
 }
 
 
+def shape_of(source: str) -> ModelFacts:
+    """Return the shape of a model of the paper study: `Qwen/Qwen3-8B-Base`."""
+    hidden, intermediate, layers, heads, tied = SHAPES[source.split("-")[1]]
+    return read_facts(qwen3_config(hidden, layers, heads, 8, intermediate, tied))
+
+
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> None:
     """Answer what composing asks the Hub: models' shapes, and which texts and data sets exist."""
 
     def facts(source: str, revision: str | None) -> Any:
-        hidden, intermediate, layers, heads, tied = SHAPES[source.split("-")[1]]
-        return read_facts(qwen3_config(hidden, layers, heads, 8, intermediate, tied))
+        return shape_of(source)
 
     def text(source: str, *_: Any) -> Text:
         return Text(source, (f"of {source}",))
@@ -128,24 +134,44 @@ def test_the_paper_study_composes_into_239_trials_that_all_run_and_are_all_compa
             "mmlu_paper/acc",
         ):
             assert departures(spec, metric) == (), spec.name
-    machine = Machine(cpus=128, gpus=8, memory=1 << 40, gpu_memory=80 << 30, name="NVIDIA H100")
-    ordered, whole = (
-        plan(
-            [entry.trial for entry in trials.values()],
-            {},
-            {key: entry.facts for key, entry in trials.items()},
-            machines=[machine],
-            request=replace(request_of(composed[0].config.cluster.get), gpus=gpus),
-            model=CostModel(),
-        )
-        for gpus in (None, 1)
+    planned = plan(
+        [entry.trial for entry in trials.values()],
+        {},
+        {key: entry.facts for key, entry in trials.items()},
+        machines=[NODE],
+        request=request_of(composed[0].config.cluster.get),
+        model=CostModel(),
     )
-    # Small models share GPUs, which ends the study sooner.
-    assert any(one.load.allocation.is_share for one in ordered)
-    assert simulated(ordered, [machine]).seconds < simulated(whole, [machine]).seconds
-    shown = describe(ordered, machines=[machine], where="a cluster", storage=str(tmp_path))
+    assert any(one.load.allocation.is_share for one in planned)
+    shown = describe(planned, machines=[NODE], where="a cluster", storage=str(tmp_path))
     assert "239 to run on a cluster" in shown
-    assert all(one.seconds > 0 for one in ordered)
+    assert all(one.seconds > 0 for one in planned)
+
+
+def test_the_paper_studys_small_models_share_eight_h100_which_ends_it_sooner(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    trials, facts = [], {}
+    for job in jobs(rows_of("paper")):
+        of_scheme = {key: int(job[key]) for key in ("group_size", "act_bits") if key in job}
+        model, method, bits = job["model"], job["method"], int(job.get("bits", 16))
+        trials.append(paper_trial(model, method, bits, **of_scheme).placed(keep="auto"))
+        source = str(OmegaConf.load(ROOT / f"conf/model/{model}.yaml").source)
+        facts[trials[-1].id] = shape_of(source)
+    assert len(facts) == 239
+
+    def planned() -> list[Planned]:
+        request, model = ResourceRequest(), CostModel()
+        return plan(trials, {}, facts, machines=[NODE], request=request, model=model)
+
+    sharing = planned()
+    monkeypatch.setattr(packing, "LEVELS", ())  # whole GPUs alone
+    whole = planned()
+    shares = {one.spec.model.name for one in sharing if one.load.allocation.is_share}
+    assert shares
+    assert "qwen3_32b" not in shares
+    assert not any(one.load.allocation.is_share for one in whole)
+    assert simulated(sharing, [NODE]).seconds <= simulated(whole, [NODE]).seconds
 
 
 @pytest.mark.parametrize("study", STUDIES)

@@ -4,7 +4,7 @@ import json
 import math
 import os
 import re
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
 
@@ -18,6 +18,7 @@ from q3q.models.adjust import set_activations
 from q3q.quantize.walk import quantized_blocks
 from q3q.record import Sweep, TrialRecord
 from q3q.storage.block_cache import BlockCache
+from q3q.storage.claim import claimed
 from q3q.sweep.study import Study
 from q3q.trial import attempt_trial, run_trial
 from tests.composed import composed_trial
@@ -114,6 +115,39 @@ def test_drift_and_perplexity_come_from_one_pass_against_what_the_unquantized_mo
     said = [none.metrics["perplexity/stories"], *none.intervals["perplexity/stories"]]
     assert two.notes["unquantized"]["perplexity/stories"] == said
     assert "unquantized" not in none.notes | plain.notes
+
+
+@pytest.mark.parametrize("dies", [False, True])
+def test_a_trial_quantizes_while_another_computes_the_baseline_even_one_that_dies(
+    tiny_trial_of, tmp_path, dies
+):
+    words = ("method=rtn", "bits=3", "keep=none", "evaluation.texts=[demo,library]")
+    trial = tiny_trial_of(*words, "evaluation.limit=2")
+    alone = run_trial(trial)
+    [first, second] = sorted((tmp_path / "baselines").glob("*/"))
+    holder, phases = ExitStack(), list[str]()
+    for entry in (first, second):
+        holder.enter_context(claimed(entry.parent, entry.name))
+        entry.rename(tmp_path / entry.name)
+
+    def report(event):
+        phases.append(event.phase)
+        if event.phase == "quantize" and event.done == event.total:
+            for entry in () if dies else (first, second):
+                (tmp_path / entry.name).rename(entry)
+            holder.close()
+
+    record = run_trial(afresh(trial, "now"), report)
+    assert ("baseline" in phases[phases.index("quantize") :]) == dies  # else it only has to be read
+    assert all(entry.is_dir() for entry in (first, second))
+    assert measured(record) == measured(alone)
+
+
+def measured(record):
+    """Return what a record says that does not depend on when or how it was measured."""
+    passing = ("seconds/", "peak_bytes/")
+    metrics = {key: one for key, one in record.metrics.items() if not key.startswith(passing)}
+    return metrics, record.intervals, record.notes
 
 
 def test_the_unquantized_head_is_what_drift_is_measured_with(run):

@@ -32,7 +32,7 @@ from q3q.models.facts import DTYPE_BYTES
 from q3q.reporter import Steps, no_steps
 from q3q.spec import Json, digest
 from q3q.storage.aside import clear_for_folder, put_aside
-from q3q.storage.claim import Claim, ClaimLostError, claimed
+from q3q.storage.claim import Claim, ClaimLostError, Holder, claimed
 from q3q.storage.files import flush_folder, make_folder, read_file, write_atomically
 
 if TYPE_CHECKING:  # a plan asks for sizes, and must not load torch for them
@@ -95,6 +95,10 @@ def rounding_of(device: torch.device, dtype: torch.dtype) -> str:
         return "cpu"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     return f"{device.type}: {name}, torch {torch.__version__}"
+
+
+class BeingComputedError(Exception):
+    """An entry is not there yet, and another process computes it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -221,6 +225,9 @@ def baseline_for(
     windows_NT: Tensor,
     steps: Steps = no_steps,
     fetch: Callable[[str], object] = lambda key: None,
+    *,
+    wait: bool = True,
+    original: Callable[[], Decoder] | None = None,
 ) -> Baseline:
     """Return the entry. Without an intact one, one process computes it and others wait.
 
@@ -228,21 +235,31 @@ def baseline_for(
         model: the *unquantized* model; it runs only if the entry has to be computed.
         steps: receives the windows done and in all, also while waiting; may raise.
         fetch: may bring the entry of that key from elsewhere, before it is computed.
+        wait: for another process that computes the entry.
+        original: loads the unquantized model again, where `model` is quantized by now.
 
     Raises:
+        BeingComputedError: it is to be waited for, and `wait` is False.
         IntegrityError: the entry does not fit the model or the windows, the model's likelihoods are
             not finite, or what was written cannot be read back.
     """
     if identity.windows != windows_digest(windows_NT):
         raise IntegrityError("the windows are not those that the baseline was to be computed for")
+
+    def on_wait(holder: Holder) -> None:
+        if not wait:
+            raise BeingComputedError(f"{holder} computes {folder / identity.key}")
+        steps(0, len(windows_NT))
+
     baseline, lost = find_baseline(folder, identity), True
     while baseline is None and lost:  # who loses the claim waits for the process that took it
-        with claimed(folder, identity.key, lambda _: steps(0, len(windows_NT))) as claim:
+        with claimed(folder, identity.key, on_wait) as claim:
             fetch(identity.key)
             baseline = find_baseline(folder, identity)  # another may have computed it meanwhile
             if baseline is None:
+                runs = model if original is None else original()
                 with suppress(ClaimLostError):
-                    _compute(folder, identity, model, windows_NT, claim, steps)
+                    _compute(folder, identity, runs, windows_NT, claim, steps)
                 baseline = find_baseline(folder, identity)
             lost = claim.lost
     if baseline is None:

@@ -19,6 +19,7 @@ from q3q.errors import ConfigError, IntegrityError
 from q3q.evaluate.baseline import (
     Baseline,
     BaselineIdentity,
+    BeingComputedError,
     baseline_for,
     kept_windows,
     rounding_of,
@@ -50,10 +51,16 @@ class Reference:
     """The unquantized model's hidden states of each text, by the text's name, and its head.
 
     head: returns the head, which turns states into logits, when it is needed
+    awaited: waits for the hidden states that another trial was computing; None: they are here
     """
 
     baselines: dict[str, Baseline]
     head: Callable[[], Tensor]
+    awaited: Callable[[], dict[str, Baseline]] | None = None
+
+    def complete(self) -> "Reference":
+        """Return it with all hidden states, once they are there."""
+        return self if self.awaited is None else Reference(self.awaited(), self.head)
 
     def perplexities(self, quick: bool) -> dict[str, list[float]]:
         """Return the unquantized model's perplexity of each text, by the record's names.
@@ -71,15 +78,48 @@ class Reference:
         return perplexities
 
 
-def reference_of(model: Decoder, tokenizer: Any, trial: Trial, reporter: Reporter) -> Reference:
+def reference_of(
+    model: Decoder,
+    tokenizer: Any,
+    trial: Trial,
+    reporter: Reporter,
+    original: Callable[[], Decoder] | None = None,
+) -> Reference:
     """Find or compute what drift is measured against.
 
     Call it while the model is as it was loaded: nothing could tell later that it is not.
+
+    Args:
+        original: loads the unquantized model again. If it is given, what another trial computes now
+            is not waited for before `Reference.complete`; if that trial dies, it is computed then.
     """
-    spec, placement = trial.spec, trial.placement
-    drift = spec.evaluation.drift
-    if drift is None:
+    if trial.spec.evaluation.drift is None:
         return Reference({}, lambda: model.head_VH)
+    find = partial(_baselines, model, tokenizer, trial, reporter)
+    awaited: Callable[[], dict[str, Baseline]] | None = None
+    try:
+        baselines = find(wait=original is None)
+    except BeingComputedError:
+        baselines, awaited = {}, partial(find, original=original)
+    model.release_head()
+    if isinstance(model, (StreamedDecoder, ShardedDecoder)):
+        return Reference(baselines, model.original_head, awaited)
+    head_VH = model.head_VH
+    return Reference(baselines, lambda: head_VH, awaited)
+
+
+def _baselines(
+    model: Decoder,
+    tokenizer: Any,
+    trial: Trial,
+    reporter: Reporter,
+    *,
+    wait: bool = True,
+    original: Callable[[], Decoder] | None = None,
+) -> dict[str, Baseline]:
+    """Return the baseline of each text; see `baseline_for`."""
+    spec, placement, drift = trial.spec, trial.placement, trial.spec.evaluation.drift
+    assert drift is not None
     mirror, baselines = mirror_for(placement.store), dict[str, Baseline]()
     fetch = (lambda key: None) if mirror is None else (lambda key: mirror.pull(f"baselines/{key}"))
     for text in spec.evaluation.texts:
@@ -101,14 +141,12 @@ def reference_of(model: Decoder, tokenizer: Any, trial: Trial, reporter: Reporte
             rounding_of(model.device, model.norm_H.dtype),
         )
         folder = placement.storage / "baselines"
-        baselines[text.name] = baseline_for(folder, identity, model, windows_NT, steps, fetch)
+        baselines[text.name] = baseline_for(
+            folder, identity, model, windows_NT, steps, fetch, wait=wait, original=original
+        )
         if mirror is not None:
             mirror.push_if_absent(f"baselines/{identity.key}")
-    model.release_head()
-    if isinstance(model, (StreamedDecoder, ShardedDecoder)):
-        return Reference(baselines, model.original_head)
-    head_VH = model.head_VH
-    return Reference(baselines, lambda: head_VH)
+    return baselines
 
 
 def noted_baseline(reference: Reference, spec: TrialSpec) -> Json:

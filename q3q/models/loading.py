@@ -57,15 +57,19 @@ def open_checkpoint(trial: Trial) -> Checkpoint:
 
 
 def original_of(trial: Trial) -> Trial:
-    """Return the trial of the original that a judged checkpoint is compared with."""
+    """Return the trial of the original that a judged checkpoint is compared with; else itself."""
     spec, placement = trial.spec, trial.placement
-    assert spec.reference is not None
+    if spec.reference is None:
+        return trial
     spec = replace(spec, model=spec.reference, reference=None)
     return Trial(spec, replace(placement, model=placement.reference, reference=None))
 
 
 def load_original(checkpoint: Checkpoint, trial: Trial, device: Device) -> StreamedDecoder:
-    """Return a judged checkpoint's original, of which nothing is read before it runs."""
+    """Return the unquantized model, or a judged checkpoint's original.
+
+    None of its blocks is read before it runs.
+    """
     free = torch.cuda.mem_get_info()[0] if device == "cuda" else free_memory()
     dtype = getattr(torch, original_of(trial).spec.model.dtype)
     activations = max(free // 4, LEAST_ACTIVATIONS)

@@ -17,15 +17,45 @@ from q3q.evaluate.batches import batches
 from q3q.evaluate.identities import requests_identity, says_all_of
 from q3q.models.facts import ModelFacts
 from q3q.placement import Trial
-from q3q.quantize.budget.sensitivities import file_of, identity_of, kept_units
+from q3q.quantize.budget.sensitivities import file_of, identity_of, kept_units, sharers_of
 from q3q.quantize.budget.units import units_of
+from q3q.record import Progress
 from q3q.spec import Json, TrialSpec, digest
 from q3q.storage.block_cache import stored_blocks
-from q3q.sweep.costs import Todo, questions_of, text_windows
+from q3q.sweep.costs import SENSING, Todo, questions_of, text_windows
 from q3q.sweep.writing import parts_of, written_tokens
 
+QUANTIZING = "quantize"  # the phase
+# All phases of a trial, in their order.
+ORDER = ("load", "baseline", SENSING, "calibrate", QUANTIZING, "evaluate", "export", "record")
 TOKEN_BYTES = 4  # of a window's token on disk
 QUESTION_BYTES = 1100  # of a question's requests; benchmarks/preparation.py, the study's suite
+
+
+def made_for_others(trial: Trial) -> dict[str, str]:
+    """Name what a trial makes that others of its sweep may use, with the phase that makes it.
+
+    The first of them makes it, and the others wait for that phase's end.
+    """
+    spec, made = trial.spec, dict[str, str]()
+    if spec.budget is not None:
+        made[sharers_of(spec)] = SENSING
+    if spec.schemes is not None and trial.placement.shares_blocks:
+        made[spec.quantization_id] = QUANTIZING
+    return made
+
+
+def until(phase: str) -> tuple[str, ...]:
+    """Return the phases from a trial's start to this one's end."""
+    return ORDER[: ORDER.index(phase) + 1]
+
+
+def is_over(phase: str, event: Progress) -> bool:
+    """Tell from what a trial reports whether this phase of it has ended.
+
+    By then, what it made is on the disk, in the store if there is one, and claimed by nobody.
+    """
+    return event.phase in ORDER and event.phase not in until(phase)
 
 
 @dataclass(frozen=True)

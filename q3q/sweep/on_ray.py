@@ -13,7 +13,6 @@ from omegaconf import DictConfig
 from q3q.errors import GPU_LOST_WORDS, GPU_SUSPECT_WORDS, Q3QError
 from q3q.models.footprint import in_gb
 from q3q.placement import Trial
-from q3q.quantize.budget.sensitivities import sharers_of
 from q3q.record import Progress, TrialRecord
 from q3q.spec import Json
 from q3q.sweep.allocation import Allocation
@@ -21,6 +20,7 @@ from q3q.sweep.downloads import download_on_each_machine
 from q3q.sweep.grid import SweepTrial
 from q3q.sweep.launcher import Job, JobPolicy, RayLauncher
 from q3q.sweep.machines import Machine, ResourceRequest, expected, machine_here, sized
+from q3q.sweep.made import is_over
 from q3q.sweep.plan import Planned
 from q3q.sweep.ray.cluster import Cluster
 from q3q.sweep.ray.deaths import ran_out_of_memory
@@ -171,10 +171,11 @@ class TrialPolicy(JobPolicy):
     def task(self, job: Job, plain: Task) -> Task:
         planned = self.planned[job.number]
         assert planned.allocation is not None
-        larger = None if planned.larger is None else self._task(planned.trial, planned.larger)
-        return replace(self._task(planned.trial, planned.allocation), larger=larger)
+        larger = None if planned.larger is None else self._task(planned, planned.larger)
+        return replace(self._task(planned, planned.allocation), larger=larger)
 
-    def _task(self, trial: Trial, allocation: Allocation) -> Task:
+    def _task(self, planned: Planned, allocation: Allocation) -> Task:
+        trial = planned.trial
         placed = trial.placed(grant=allocation.grant())
         return Task(
             key=trial.id,
@@ -188,7 +189,8 @@ class TrialPolicy(JobPolicy):
             ),
             furthers=Furthest(),
             near=trial.spec.model.files,
-            after=_made_by_the_first(trial),
+            makes=tuple(planned.makes),
+            made=partial(_made, planned.makes),
         )
 
     def on_event(self, job: Job, event: Any) -> None:
@@ -239,8 +241,8 @@ def job_return(overrides: Sequence[str], record: TrialRecord | None) -> JobRetur
     )
 
 
-def _made_by_the_first(trial: Trial) -> str:
-    """Name what the first of several trials makes, and the others wait for; "" for nothing."""
-    if trial.spec.budget is not None:
-        return sharers_of(trial.spec)
-    return trial.spec.quantization_id if trial.placement.shares_blocks else ""
+def _made(makes: Mapping[str, str], event: Any) -> set[str]:
+    """Name what a trial has made for others by the time that it reports this."""
+    if not isinstance(event, Progress):
+        return set()
+    return {name for name, phase in makes.items() if is_over(phase, event)}

@@ -7,9 +7,9 @@ room for it; only whole GPUs, and shares that fill all GPUs, leave none idle.
 """
 
 import heapq
-from collections import deque
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from q3q.sweep.allocation import Allocation, Choices
 from q3q.sweep.machines import Machine
@@ -26,12 +26,15 @@ class Load:
     idle: seconds in which its GPU waits for the processor
     busy: seconds in which it computes, on a GPU that it has for itself or on its cores
     blocks: bytes on disk while it runs
+    makes: by name, what several trials use: the busy seconds after which it is made; those of the
+        name wait until the first of them has made it
     """
 
     allocation: Allocation
     idle: float = 0.0
     busy: float
     blocks: int = 0
+    makes: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -99,6 +102,14 @@ class _Host:
     kind: str
 
 
+@dataclass(frozen=True)
+class _Part:
+    """A part of what a trial computes; name: of what it has made then, for others too."""
+
+    seconds: float
+    name: str = ""
+
+
 BEGINS = -1  # in place of a version
 _Place = tuple[_Host, int]  # a rank's machine and GPU, -1 for none
 
@@ -106,7 +117,7 @@ _Place = tuple[_Host, int]  # a rank's machine and GPU, -1 for none
 def simulate(trials: Sequence[Load], machines: Sequence[Machine]) -> Simulation:
     """Return the sweep in which each trial, in their order, starts as soon as there is room for it.
 
-    Later ones pass it where there is none.
+    Later ones pass it where there is none, or while it waits for what another trial makes.
     """
     return _SimulatedSweep(trials, machines).run()
 
@@ -115,7 +126,9 @@ class _SimulatedSweep:
     """The state of a simulated sweep.
 
     events: (time, ticket, trial, version of its GPU): the trial begins to compute on a GPU that it
-        shares (BEGINS), or ends there, or ends elsewhere (None)
+        shares (BEGINS), or ends a part of that there, or elsewhere (None)
+    makers: of what several trials use and nobody has made yet, the trial that makes it
+    parts: of the trials that run, what they have yet to compute
     """
 
     def __init__(self, trials: Sequence[Load], machines: Sequence[Machine]) -> None:
@@ -134,6 +147,13 @@ class _SimulatedSweep:
         for trial, load in enumerate(trials):
             self.queues.setdefault(load.allocation, deque()).append(trial)
         self.runs = [SimulatedRun() for _ in trials]
+        uses = Counter(name for load in trials for name in load.makes)
+        self.makers: dict[str, int] = {}
+        for trial, load in enumerate(trials):
+            for name in load.makes:
+                if uses[name] > 1:
+                    self.makers.setdefault(name, trial)
+        self.parts: dict[int, list[_Part]] = {}
         self.places: dict[int, list[_Place]] = {}
         self.events: list[tuple[float, int, int, int | None]] = []
         self.ticket, self.blocks = 0, 0
@@ -145,7 +165,7 @@ class _SimulatedSweep:
             at_once, most_blocks = max(at_once, len(self.places)), max(most_blocks, self.blocks)
             now, _, trial, version = heapq.heappop(self.events)
             if version is None:
-                self._end(trial, now)
+                self._end_part(trial, now)
             elif trial in self.places:
                 host, number = self.places[trial][0]
                 self._compute(trial, host.gpus[number], version, now)
@@ -164,7 +184,11 @@ class _SimulatedSweep:
         for allocation, waiting in self.queues.items():
             hosts = freed if allocation.ranks == 1 else self.hosts
             while waiting and (places := _places(allocation, hosts)) is not None:
-                trial, load = waiting[0], self.trials[waiting.popleft()]
+                trial = next((one for one in waiting if self._may_start(one)), None)
+                if trial is None:
+                    break
+                waiting.remove(trial)
+                load, self.parts[trial] = self.trials[trial], self._parts(trial)
                 _take(allocation, places, 1)
                 self.places[trial] = places
                 self.blocks += load.blocks
@@ -173,22 +197,46 @@ class _SimulatedSweep:
                 if allocation.is_share:
                     self._expect(now + load.idle, trial, BEGINS)
                 else:
-                    self._expect(now + load.idle + load.busy, trial, None)
+                    self._expect(now + load.idle + self.parts[trial][0].seconds, trial, None)
+
+    def _may_start(self, trial: int) -> bool:
+        return all(self.makers.get(name, trial) == trial for name in self.trials[trial].makes)
+
+    def _parts(self, trial: int) -> list[_Part]:
+        """Return what a trial computes: up to each thing that others wait for, then the rest."""
+        load, parts, done = self.trials[trial], list[_Part](), 0.0
+        for name, seconds in sorted(load.makes.items(), key=lambda item: item[1]):
+            if self.makers.get(name) == trial:
+                parts.append(_Part(min(seconds, load.busy) - done, name))
+                done += parts[-1].seconds
+        return [*parts, _Part(load.busy - done)]
 
     def _compute(self, trial: int, gpu: _Gpu, version: int, now: float) -> None:
-        """Let a trial begin or end to compute on a GPU that it shares."""
+        """Let a trial begin to compute on a GPU that it shares, or end a part of that."""
         if version not in (BEGINS, gpu.version):
             return  # another trial came or went since this end was foreseen
         gpu.advance(now)
-        if version == BEGINS:
-            gpu.left[trial] = self.trials[trial].busy
-        else:
-            del gpu.left[trial]
+        gpu.left.pop(trial, None)
+        following = self.parts[trial][0 if version == BEGINS else 1 :]
+        if following:
+            gpu.left[trial] = following[0].seconds
         if gpu.left:
             first = min(gpu.left, key=gpu.left.__getitem__)
             self._expect(now + max(0.0, gpu.left[first]) / gpu.speed, first, gpu.version)
         if version != BEGINS:
+            self._end_part(trial, now)
+
+    def _end_part(self, trial: int, now: float) -> None:
+        """End a part of a trial: those that wait for what it made may start, or the trial ends."""
+        made, *following = self.parts[trial]
+        self.parts[trial] = following
+        if not following:
             self._end(trial, now)
+            return
+        if not self.trials[trial].allocation.is_share:
+            self._expect(now + following[0].seconds, trial, None)
+        del self.makers[made.name]
+        self._start(now, self.hosts)
 
     def _end(self, trial: int, now: float) -> None:
         places, load = self.places.pop(trial), self.trials[trial]
@@ -256,11 +304,8 @@ def share_out(
 def _seconds(
     allocations: Sequence[Allocation], loads: Sequence[Load], machines: Sequence[Machine]
 ) -> float:
-    given = [
-        Load(allocation=allocation, idle=load.idle, busy=load.busy)
-        for allocation, load in zip(allocations, loads, strict=True)
-    ]
-    return simulate(given, machines).seconds
+    given = zip(loads, allocations, strict=True)
+    return simulate([replace(load, allocation=one) for load, one in given], machines).seconds
 
 
 def _shared(choices: Sequence[Choices], count: int) -> Iterator[list[Allocation]]:

@@ -7,7 +7,7 @@ next larger allocation (`shares`). Trials share GPUs only if that ends the sweep
 """
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from q3q.kv_scheme import CacheShape, KvScheme
@@ -22,7 +22,7 @@ from q3q.sweep.allocation import Allocation, Choices
 from q3q.sweep.costs import SENSING, CostModel, Rate
 from q3q.sweep.disk import left_by_each, refuse_full_disk, running_bytes
 from q3q.sweep.machines import Machine, ResourceRequest
-from q3q.sweep.made import Made
+from q3q.sweep.made import Made, made_for_others, until
 from q3q.sweep.packing import Load, Simulation, share_out, simulate
 from q3q.sweep.questions import shown_by_questions
 from q3q.sweep.shares import activation_bytes, capacity, choices_of, memory_of, state_bytes
@@ -47,6 +47,7 @@ class Planned:
     blocks: bytes on disk that it takes only while it runs
     cache: what a token leaves in the model's cache
     kv: how that is stored; None: in 16 bits
+    makes: see `made_for_others`
     """
 
     trial: Trial
@@ -60,6 +61,7 @@ class Planned:
     blocks: int = 0
     cache: CacheShape | None = None
     kv: KvScheme | None = None
+    makes: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def spec(self) -> TrialSpec:
@@ -81,7 +83,17 @@ class Planned:
     def load(self) -> Load:
         """The trial as the simulation sees it."""
         assert self.allocation is not None
-        return Load(allocation=self.allocation, idle=self.idle, busy=self._busy, blocks=self.blocks)
+        return Load(
+            allocation=self.allocation,
+            idle=self.idle,
+            busy=self._busy,
+            blocks=self.blocks,
+            makes={name: self._busy_until(phase) for name, phase in self.makes.items()},
+        )
+
+    def _busy_until(self, phase: str) -> float:
+        seconds = sum(self.phases.get(earlier, 0.0) for earlier in until(phase))
+        return max(0.0, seconds - self.idle)
 
     @property
     def gpu_hours(self) -> float:
@@ -176,6 +188,7 @@ def plan(
             idle=predicted.idle,
             disk=disk + prepared,
             blocks=running_bytes(entry.trial, shape),
+            makes=made_for_others(entry.trial),
         )
     left.sort(key=_turn)
     return [*_sharing(left, [chosen[entry.trial.id] for entry in left], machines), *ended]

@@ -14,6 +14,7 @@ from q3q.record import Progress
 from q3q.storage import claim as claim_module
 from q3q.storage import object_claims, uploader
 from q3q.storage.stores import open_store
+from q3q.sweep.made import QUANTIZING, is_over
 from q3q.trial import attempt_trial
 from tests.chaos.faults import (
     SMALL,
@@ -221,6 +222,27 @@ def test_of_two_machines_at_once_one_makes_the_blocks_and_a_third_finds_them(tri
     assert attempt_trial(replace(third, placement=third.placement.here()), phases.append).completed
     assert reused(third, url) == 3
     assert not [event for event in phases if event.phase == "calibrate" and event.note]
+
+
+def test_a_sweep_may_start_the_next_trial_on_any_machine_once_the_first_begins_to_evaluate(
+    trial, url, tmp_path
+):
+    first, second = (with_limit(trial, limit) for limit in (3, 4))
+
+    def evaluate_last(event):
+        if is_over(QUANTIZING, event):
+            (tmp_path / "made").touch()
+            wait_until((tmp_path / "evaluated").exists, "the other's evaluation")
+
+    def wait_for_nobody(event):
+        assert event.phase != "wait", event.note
+
+    child = elsewhere(tmp_path / "a", first, evaluate_last)
+    wait_until((tmp_path / "made").exists, "the blocks")
+    assert end_of(elsewhere(tmp_path / "b", second, wait_for_nobody)) == 0
+    (tmp_path / "evaluated").touch()
+    assert end_of(child) == 0
+    assert [reused(one, url) for one in (first, second)] == [0, 3]
 
 
 def test_a_machine_that_waits_goes_on_at_the_last_block_of_one_that_died(trial, url, tmp_path):

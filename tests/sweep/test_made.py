@@ -25,6 +25,22 @@ SHAPE = facts("qwen3_8b")
 EPYC = Rate("EPYC", False, 2.0)
 
 
+def budgeted(bits, measure="kl", **changes):
+    """Return a trial with a budget of bits; `changes`: to `test_plan.trial`."""
+    budget = BitBudget(
+        bits=bits,
+        unit="site",
+        widths=(2, 4, 8),
+        measure=measure,
+        source="demo",
+        digest="0",
+        samples=16,
+        length=512,
+        draw="random",
+    )
+    return respecified(trial(keep="auto", **changes), budget=budget)
+
+
 def leave_blocks(one, count):
     one.kept_blocks_folder.mkdir(parents=True, exist_ok=True)
     for k in range(count):
@@ -135,27 +151,13 @@ def test_a_study_that_runs_everything_again_plans_so(monkeypatch, tmp_path, fres
 def test_sensitivities_are_measured_once_for_all_budgets_and_what_lies_there_takes_no_time(
     tmp_path,
 ):
-    def budgeted(bits, measure="kl"):
-        budget = BitBudget(
-            bits=bits,
-            unit="site",
-            widths=(2, 4, 8),
-            measure=measure,
-            source="demo",
-            digest="0",
-            samples=16,
-            length=512,
-            draw="random",
-        )
-        return respecified(trial(keep="auto"), budget=budget).moved(tmp_path)
-
-    one, other = budgeted(3.5), budgeted(4.5)
+    one, other = (budgeted(bits).moved(tmp_path) for bits in (3.5, 4.5))
     planned = planned_for([one, other], [NODE])
     seconds = [entry.phases[SENSING] for entry in planned]
     assert seconds[0] > 0 == seconds[1]
     words = describe(planned, machines=[NODE], where="here", storage=tmp_path)
     assert "to measure budgets' sensitivities" in words
-    [quick] = planned_for([budgeted(3.5, "block_error")], [NODE])
+    [quick] = planned_for([budgeted(3.5, measure="block_error").moved(tmp_path)], [NODE])
     assert 0 < quick.phases[SENSING] < seconds[0]  # no later block runs
     units = units_of(one.spec, SHAPE)
     identity = identity_of(one.spec, units)

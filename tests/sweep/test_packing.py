@@ -92,6 +92,31 @@ def test_no_gpu_is_idle_while_a_trial_waits_or_computes_beside_another(count, no
         assert not any(load.allocation.is_share for load in loads)
 
 
+@pytest.mark.parametrize(("count", "node"), CASES)
+def test_a_gpu_is_idle_only_while_all_that_wait_use_what_a_running_trial_still_makes(count, node):
+    gpus, hosts = node
+    draw = random.Random(f"{count} {gpus} {hosts}")
+    whole = choices_from(1.0).least
+    lengths = sorted((draw.uniform(10, 600) for _ in range(count)), reverse=True)
+    makes = [{draw.choice("abcde"): draw.uniform(0, 1) * busy} for busy in lengths]
+    loads = [
+        Load(allocation=whole, idle=draw.choice((0, 60)), busy=busy, makes=names)
+        for busy, names in zip(lengths, makes, strict=True)
+    ]
+    machines = [Machine(cpus=8 * gpus / hosts, gpus=gpus / hosts)] * hosts
+    runs = simulate(loads, machines).runs
+    made: dict[str, float] = {}
+    for load, run in zip(loads, runs, strict=True):
+        [(name, seconds)] = load.makes.items()
+        made.setdefault(name, run.start + load.idle + seconds)
+        # The first of a name makes it, and none of the others starts before it is made.
+        assert run.start >= made[name] or made[name] == run.start + load.idle + seconds
+    for moment in sorted({run.start for run in runs} | {run.end for run in runs}):
+        if sum(run.start <= moment < run.end for run in runs) < gpus:
+            waiting = [one for one, run in zip(loads, runs, strict=True) if run.start > moment]
+            assert all(made[name] > moment for load in waiting for name in load.makes)
+
+
 def paper_trial(model, method, bits=4, **scheme):
     length = 512 if method == "awq" else 2048
     return make_trial(

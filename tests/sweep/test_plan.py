@@ -430,9 +430,9 @@ def test_a_plan_counts_caches_where_one_is_rounded_or_a_context_is_given():
     assert row.endswith("76,032 bytes   2.49 GB")
 
 
-def pretend(seconds, gpus=1.0, ranks=1, kind="", idle=0.0):
+def pretend(seconds, gpus=1.0, ranks=1, kind="", idle=0.0, makes=None):
     allocation = Allocation(cpus=1, gpus=gpus, memory=1, needs=1, ranks=ranks, kind=kind)
-    return Load(allocation=allocation, idle=idle, busy=seconds)
+    return Load(allocation=allocation, idle=idle, busy=seconds, makes=makes or {})
 
 
 def packed(loads, machines):
@@ -467,6 +467,29 @@ def test_trials_on_one_gpu_take_turns_and_one_alone_has_all_of_it(monkeypatch):
     assert packed([pretend(30, 0.5), pretend(10, 0.5)], [machine]) == (40, 2)
     monkeypatch.setattr(packing, "TOGETHER", 0.5)
     assert packed([pretend(10, 0.5)] * 2, [machine]) == (40, 2)
+
+
+def test_the_simulated_trials_wait_for_what_the_first_of_them_makes_and_no_longer(monkeypatch):
+    from q3q.sweep import packing
+
+    machine = replace(NODE, gpus=4)
+    first, second = pretend(10, makes={"q": 6}), pretend(5, makes={"q": 1})
+    assert packed([first, second], [machine]) == (11, 2)
+    # All others begin then at once; one with nothing in common has passed them.
+    assert packed([first, second, second, pretend(5)], [machine]) == (11, 3)
+    # With all GPUs taken, the others wait no longer than anyone.
+    assert packed([first, second], [replace(NODE, gpus=1)]) == (15, 1)
+    # A name that one trial gives holds up nobody; of two names, both have to be made.
+    assert packed([first, pretend(10, makes={"p": 6})], [machine]) == (10, 2)
+    both = pretend(10, makes={"s": 2, "q": 6}), pretend(8, makes={"s": 1, "p": 3})
+    for name, start in (("q", 6), ("p", 5)):
+        runs = simulate([*both, pretend(1, makes={"s": 0, name: 0})], [machine]).runs
+        assert [run.start for run in runs] == [0, 2, start]
+    # On a shared GPU the first takes turns with another one until then.
+    monkeypatch.setattr(packing, "TOGETHER", 1.0)
+    halves = [replace(one, allocation=pretend(1, 0.5).allocation) for one in (first, second)]
+    *_, waited = simulate([halves[0], pretend(30, 0.5), halves[1]], [replace(NODE, gpus=2)]).runs
+    assert (waited.start, waited.end) == (12, 17)
 
 
 def test_longest_first_ends_earlier_than_shortest_first():

@@ -65,7 +65,7 @@ class TaskRun:
     in_flight: by stream
     gangs: rank 0 of each
     nodes: by the name that tasks are `near`, the node where one of them began last
-    opened: names that tasks are `after`, of which one has ended
+    made: names of what tasks make for others that is made, or whose first task has ended
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class TaskRun:
         self.in_flight: dict[Any, InFlight] = {}
         self.gangs: list[InFlight] = []
         self.nodes: dict[str, str] = {}
-        self.opened: set[str] = {""}
+        self.made: set[str] = set()
         self.head, self.aside = Head(), GpusAside(patience)
         self.several_machines = len(self.head.machines) > 1 or patience > 0
         self._judged: list[Resources] | None = None  # the machines at the last `_refuse`
@@ -147,10 +147,11 @@ class TaskRun:
                 waiting[shape] += 1
 
     def _next(self, queue: deque[Waiting]) -> Waiting | None:
-        """Take the first task of a queue that need not wait for another one's end."""
-        ahead = {flight.task.after for flight in self.in_flight.values()} - self.opened
+        """Take the first task of a queue that need not wait for what another one makes."""
+        flights = self.in_flight.values()
+        in_making = {name for flight in flights for name in flight.task.makes} - self.made
         for waiting in queue:
-            if waiting.task.after not in ahead:
+            if in_making.isdisjoint(waiting.task.makes):
                 queue.remove(waiting)
                 return waiting
         return None
@@ -222,8 +223,9 @@ class TaskRun:
         if isinstance(event, Started):
             flight.began, flight.running_since = event, time.monotonic()
             self.nodes[flight.task.near] = event.node_id
-        elif flight.rank == 0 and flight.task.furthers(event):
-            flight.deaths = 0
+        elif flight.rank == 0:
+            flight.deaths = 0 if flight.task.furthers(event) else flight.deaths
+            self.made |= flight.task.made(event)
         if flight.rank == 0:
             self.on_event(flight.task.key, event)
 
@@ -232,7 +234,7 @@ class TaskRun:
         task, attempt, deaths = flight.task, flight.attempt, flight.deaths
         kind, content = end
         if kind == VALUE:
-            self.opened.add(task.after)
+            self.made.update(task.makes)
             yield flight.outcome(value=content)
             return
         if task.larger is not None and isinstance(content, OutOfMemoryError):
@@ -242,7 +244,7 @@ class TaskRun:
         elif kind == DIED and deaths < task.retries:
             again = Waiting(task, attempt + 1, deaths + 1)
         else:
-            self.opened.add(task.after)
+            self.made.update(task.makes)
             yield flight.outcome(error=content, died=kind == DIED)
             return
         self._run_again(again, content)

@@ -82,8 +82,9 @@ class Task:
         with more of it
     near: tasks that give the same name preferably run where one of them has run; none waits for it
     node: Ray's id of the only machine where it may run; "" for any
-    after: of tasks that give the same name, the others wait until the first has ended, as they
-        use what it leaves; tasks behind them pass
+    makes: names of what it uses with other tasks: of those that give the same name, the first makes
+        it, and the others wait until it is made, or that task has ended; tasks behind them pass
+    made: returns which of these names an event shows to be made
     """
 
     key: str
@@ -94,7 +95,8 @@ class Task:
     larger: "Task | None" = None
     near: str = ""
     node: str = ""
-    after: str = ""
+    makes: tuple[str, ...] = ()
+    made: Callable[[Any], set[str]] = lambda event: set()
 
 
 @dataclass(frozen=True, kw_only=True)
