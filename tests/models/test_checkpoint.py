@@ -37,6 +37,7 @@ from q3q.models.hub import (
     resolve_revision,
 )
 from q3q.models.published.readers import read_packing
+from q3q.report.paper import PARAMETERS
 from tests.hub import COMMIT, serving, use
 
 SMALL: dict[str, Any] = {
@@ -310,6 +311,7 @@ def test_facts_of_the_released_models(size):
     assert facts.linear_parameters / 1e9 == pytest.approx(linears, abs=6e-5)
     assert facts.embedding_parameters / 1e9 == pytest.approx(embeddings, abs=6e-5)
     assert facts.parameters / 1e9 == pytest.approx(total, abs=6e-5)
+    assert facts.parameters == PARAMETERS.get(f"Qwen3-{size}", facts.parameters)
     assert facts.weight_bytes() == 2 * facts.parameters
     assert facts.weight_bytes("float32") == 4 * facts.parameters
     assert facts.columns == {
