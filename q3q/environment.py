@@ -23,7 +23,8 @@ PACKAGES = (
     "hydra-core mlflow"
 ).split()
 
-
+# An environment variable of workers: which command they work for, a word that no other has.
+COMMAND_ID = "Q3Q_COMMAND_ID"
 MEASURE_SECONDS = 10.0  # between two measurements of what the process takes
 
 

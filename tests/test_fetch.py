@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import threading
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -26,8 +27,9 @@ from q3q.config.evaluation import _data_sets
 from q3q.config.model import DEMO_MODELS
 from q3q.config.pages import CONF
 from q3q.config.schema import register
+from q3q.data import needs
 from q3q.data.calibration import OTHER_DRAW, calibration_identity
-from q3q.data.needs import TextNeed, fetch_weights
+from q3q.data.needs import ModelNeed, TextNeed, fetch_weights
 from q3q.data.prepared import Shelf
 from q3q.data.repositories import REPOSITORIES
 from q3q.data.texts import _HUB
@@ -159,6 +161,41 @@ def test_a_download_that_was_cut_off_goes_on_with_what_is_missing(hub, capsys):
     assert fetch.main(words) == 0
     assert not [path for path in hub.asked if "/resolve/" in path]
     assert "Qwen/Qwen3-0.6B: is here" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("need", "downloads_it", "folder"),
+    [
+        (ModelNeed("Qwen/Qwen3-0.6B", None), "locate", "models--Qwen--Qwen3-0.6B"),
+        (
+            TextNeed("wikitext2", "calibration", None),
+            "download_text",
+            "datasets--Salesforce--wikitext",
+        ),
+    ],
+)
+def test_a_download_says_how_far_it_is(hub, monkeypatch, need, downloads_it, folder):
+    missing, plain, half_seen = need.missing(), getattr(needs, downloads_it), threading.Event()
+    steps = list[tuple[int, int]]()
+
+    def step(done, total):
+        steps.append((done, total))
+        if done == missing // 2:
+            half_seen.set()
+
+    def slow(*arguments):
+        partial = hub.cache / "hub" / folder / "blobs" / "half.incomplete"
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(bytes(missing // 2))
+        assert half_seen.wait(60)
+        partial.unlink()
+        return plain(*arguments)
+
+    monkeypatch.setattr(needs, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(needs, downloads_it, slow)
+    need.fetch(step)
+    assert (steps[0], steps[-1]) == ((0, missing), (missing, missing))
+    assert need.missing() == 0
 
 
 def test_weights_come_before_trials_start(hub):

@@ -13,7 +13,7 @@ from q3q.data.question_files import SUFFIXES
 from q3q.data.question_hub import unavailable
 from q3q.data.questions import Library
 from q3q.data.repositories import REPOSITORIES, DataSet
-from q3q.data.texts import Split, download_text, text_bytes, text_is_here
+from q3q.data.texts import Split, download_text, text_bytes, text_cache, text_is_here
 from q3q.errors import UnavailableError
 from q3q.formatting import bytes_in_words, plural
 from q3q.models.hub import (
@@ -88,9 +88,8 @@ class TextNeed:
     def fetch(self, steps: Steps) -> None:
         """Download it; see `ModelNeed.fetch`."""
         if missing := self.missing():
-            steps(0, missing)
-            download_text(self.source, self.split, self.data)
-            steps(missing, missing)
+            with _watched(text_cache(self.source), missing, steps):
+                download_text(self.source, self.split, self.data)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from q3q.data.files import file_documents, name_of_file, parsed, text_of
 from q3q.errors import CalibrationError, UnavailableTextError, first_line
 from q3q.models.demo.library import calibration_text, held_out_text
 from q3q.models.demo.stories import stories
-from q3q.models.hub import commit_of_data_set
+from q3q.models.hub import cache_folder, commit_of_data_set
 
 Split = Literal["calibration", "evaluation"]
 # Seed and number of the demo's stories. The models were trained on seed 0, without held-out ones.
@@ -222,6 +222,11 @@ def download_text(source: str, split: Split, data: Path | None) -> Path:
         CalibrationError: it is not available.
     """
     return Path(_from_hub(source, split, data))
+
+
+def text_cache(source: str) -> Path:
+    """Return the folder of the local cache into which a text is downloaded."""
+    return cache_folder(_HUB[source].repository, "datasets")
 
 
 def _cached_file(source: str, split: Split) -> Path | None:

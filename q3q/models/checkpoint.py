@@ -11,6 +11,7 @@ import hashlib
 import math
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
+from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,7 +44,7 @@ from q3q.models.model_json import (
 )
 from q3q.models.packed import doubts_of
 from q3q.models.published.modelopt import FILE as MODELOPT_FILE
-from q3q.models.tensor_files import Rows, StoredTensor
+from q3q.models.tensor_files import Rows, StoredTensor, read_into
 from q3q.storage.files import FileState, file_state
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ TOKENIZER_FILES = (
 ).split()
 GENERATION = "generation_config.json"
 EXPORT_MARKER = "q3q.json"  # a file that q3q's own exports have
+_CONVERTED_AT_ONCE = 1 << 22  # numbers
 
 
 class Checkpoint:
@@ -156,10 +158,8 @@ class Checkpoint:
 
     def is_packed(self, k: int, name: str) -> bool:
         """Return True if one of block `k`'s tensors lies in files as codes, not as its numbers."""
-        return any(
-            layout_of(self.facts, k, source) is not None
-            for source in sources_of(name, self.facts.experts, fused=False)
-        )
+        sources = sources_of(name, self.facts.experts, self._fused(k))
+        return any(layout_of(self.facts, k, source) is not None for source in sources)
 
     def block_part(self, k: int, name: str, first: int, count: int) -> Tensor:
         """Read some numbers, [count], of one of block `k`'s tensors, as `block` has it, flattened.
@@ -168,15 +168,17 @@ class Checkpoint:
         """
         import torch
 
-        parts, before = [], 0  # numbers before the stretch
+        parts, before = list[tuple[StoredTensor, int, int]](), 0  # numbers before the stretch
         for stored, begin, length in self._stretches(k, name):
             start, stop = max(first, before), min(first + count, before + length)
             if start < stop:
-                parts.append(stored.read(begin + start - before, stop - start))
+                parts.append((stored, begin + start - before, stop - start))
             before += length
-        if not parts:
-            return torch.empty(0, dtype=getattr(torch, self.stored_dtype))
-        return torch.cat(parts) if len(parts) > 1 else parts[0]
+        names = {stored.dtype_name for stored, *_ in parts} or {self.stored_dtype}
+        dtype = reduce(torch.promote_types, (getattr(torch, name) for name in names))
+        numbers_N = torch.empty(sum(length for *_, length in parts), dtype=dtype)
+        read_into(numbers_N, parts)
+        return numbers_N
 
     def _stretches(self, k: int, name: str) -> Iterator[tuple[StoredTensor, int, int]]:
         """Yield where the numbers of one of a block's tensors lie: a file's tensor, from, how many.
@@ -223,22 +225,40 @@ class Checkpoint:
         """
         if not 0 <= k < self.facts.layers:
             raise IndexError(f"block {k} of {self.facts.layers}")
-        fused = self._fused(k)
         chosen = [name for name in self.facts.block_shapes(k) if names is None or name in names]
-        sources = {name: sources_of(name, self.facts.experts, fused) for name in chosen}
-        last: dict[str, Tensor] = {}
+        return {name: self._weight(k, name, dtype) for name in chosen}
 
-        def number(source: str) -> Tensor:
-            nonlocal last
-            if source not in last:  # fused, gate and up have the same one
-                last = {}
-                last = self._numbers(k, [source])
-            return last[source]
+    def _weight(self, k: int, name: str, dtype: torch.dtype | None) -> Tensor:
+        """Read one of block `k`'s weights; see `block`."""
+        import torch
 
-        return {
-            name: _assemble(map(number, sources[name]), name, self.facts, k, dtype)
-            for name in chosen
-        }
+        if not is_stacked(name):
+            weight = self._numbers(k, [name])[name]
+            return weight.to(dtype or weight.dtype).contiguous()
+        shape = self.facts.block_shapes(k)[name]
+        if not self.is_packed(k, name):
+            return self._experts(k, name, dtype).view(shape)
+        stacked = torch.empty(shape, dtype=dtype or getattr(torch, self.facts.dtype))
+        for e, matrix in enumerate(stacked):
+            matrix.copy_(self.matrix(k, name, e))
+        return stacked
+
+    def _experts(self, k: int, name: str, dtype: torch.dtype | None) -> Tensor:
+        """Read all experts' numbers of one of block `k`'s weights, [numbers], straight into place.
+
+        Those of another type go through a tensor of a few MB.
+        """
+        import torch
+
+        numbers = math.prod(self.facts.block_shapes(k)[name])
+        stored = {one.dtype_name for one, *_ in self._stretches(k, name)}
+        if dtype is None or stored == {str(dtype).removeprefix("torch.")}:
+            return self.block_part(k, name, 0, numbers)
+        target_N = torch.empty(numbers, dtype=dtype)
+        for first in range(0, numbers, _CONVERTED_AT_ONCE):
+            part_N = self.block_part(k, name, first, min(_CONVERTED_AT_ONCE, numbers - first))
+            target_N[first : first + len(part_N)] = part_N
+        return target_N
 
     def matrix(self, k: int, name: str, expert: int = 0) -> Tensor:
         """Read one tensor of block `k` as `block` has it; of stacked ones, an expert's matrix."""
@@ -365,22 +385,3 @@ def _ends_in(path: Path) -> tuple[int, ...]:
             f"{path}: eos_token_id is {value!r}, neither a number nor a list of numbers"
         )
     return tuple(ends)
-
-
-def _assemble(
-    parts: Iterator[Tensor], name: str, facts: ModelFacts, k: int, dtype: torch.dtype | None
-) -> Tensor:
-    """Assemble one tensor of a block from its stored parts, taken one at a time."""
-    import torch
-
-    shape = facts.block_shapes(k)[name]
-    first = next(parts)
-    if first.ndim == len(shape):
-        if is_stacked(name) and ".down_proj." not in name:  # fused, gate over up
-            first = first.chunk(2, dim=1)[0 if ".gate_proj." in name else 1]
-        return first.to(dtype or first.dtype).contiguous()
-    stacked = torch.empty(shape, dtype=dtype or first.dtype)
-    stacked[0] = first
-    for e, part in enumerate(parts, start=1):
-        stacked[e] = part
-    return stacked

@@ -8,11 +8,12 @@ another order.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from q3q.errors import CheckpointError
-from q3q.models.tensor_files import READ_AT_ONCE, StoredTensor
+from q3q.models.tensor_files import StoredTensor, readable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -79,6 +80,14 @@ class GgufTensor(StoredTensor):
             numbers = pairs.flatten(0, 2)
         return numbers[first - start :][:count].contiguous()
 
+    def pieces(self, place_N: Tensor, first: int, file: int) -> Iterable[Callable[[], None]]:
+        """Read numbers into their place now: what dequantizes them takes several times their bytes.
+
+        So nothing is left for threads.
+        """
+        place_N.copy_(self.flat().read(first, len(place_N)))
+        return ()
+
     def zero_blocks(self, numbers: Tensor) -> tuple[int, int]:
         """Count the blocks whose scale is 0, so that all their numbers are, and all blocks.
 
@@ -104,13 +113,8 @@ class GgufTensor(StoredTensor):
 
         each = self.size // self.shape[0]
         content = np.empty(rows * each, dtype=np.uint8)
-        try:
-            with self.shard.open("rb", buffering=0) as file:
-                for piece in range(0, len(content), READ_AT_ONCE):
-                    position = self.start + row * each
-                    self._fill(file.fileno(), content.data, position, piece)
-        except OSError as error:
-            raise CheckpointError(f"{self.shard} cannot be read: {error.strerror}") from error
+        with readable(self.shard), self.shard.open("rb", buffering=0) as file:
+            self._fill(file.fileno(), content.data, self.start + row * each)
         try:
             with np.errstate(all="ignore"):  # numbers that are none are found afterwards
                 numbers = dequantize(content.reshape(rows, each), GGMLQuantizationType[self.type])

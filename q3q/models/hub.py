@@ -9,7 +9,7 @@ import re
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from q3q.errors import CheckpointError, Q3QError, UnavailableModelError, first_line
 from q3q.models.facts import ModelFacts, read_facts
@@ -91,11 +91,11 @@ def bytes_to_download(source: str, revision: str | None = None) -> int:
     return 0
 
 
-def cache_folder(source: str) -> Path:
-    """Return the local cache's folder of a Hub model, which may not exist yet."""
+def cache_folder(source: str, kind: Literal["models", "datasets"] = "models") -> Path:
+    """Return the local cache's folder of a Hub repository, which may not exist yet."""
     from huggingface_hub import constants
 
-    return Path(constants.HF_HUB_CACHE) / f"models--{source.replace('/', '--')}"
+    return Path(constants.HF_HUB_CACHE) / f"{kind}--{source.replace('/', '--')}"
 
 
 def is_downloaded(source: str, revision: str | None) -> bool:

@@ -6,8 +6,9 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -45,15 +46,15 @@ _TORCH_DTYPES = {
     "F8_E8M0": "float8_e8m0fnu",
 }
 _COMPARED_AT_ONCE = 1 << 22  # bytes
-# Threads that read a large tensor at most, and bytes that each reads at a time: one thread copies
-# some 2 GB/s from the page cache, and a disk of several GB/s wants several requests at once.
-MOST_READERS, READ_AT_ONCE = 4, 1 << 24
+# Threads that read tensors at most, and bytes that each reads at a time: one thread copies some
+# 2 GB/s from the page cache, and a disk of several GB/s wants several requests at once.
+MOST_READERS, READ_AT_ONCE = 4, 1 << 22
 _HEADER_LIMIT = 100_000_000  # bytes; the format's own limit
 
 
 @cache
 def readers() -> int:
-    """Return how many threads read a large tensor: half the cores, which compute meanwhile."""
+    """Return how many threads read: half the cores, as the others compute meanwhile."""
     return max(1, min(MOST_READERS, cores() // 2))
 
 
@@ -88,22 +89,9 @@ class StoredTensor:
         import torch
 
         shape = self.shape if count is None else (count, *self.shape[1:])
-        tensor = torch.empty(shape, dtype=getattr(torch, _TORCH_DTYPES[self.dtype]))
-        position = self.start + first * math.prod(self.shape[1:]) * _ITEM_BYTES[self.dtype]
-        flat = tensor.view(-1)
-        buffer = flat.view(torch.uint8).numpy().data if len(flat) else memoryview(b"")
-        try:
-            with self.shard.open("rb", buffering=0) as file:
-                fill = partial(self._fill, file.fileno(), buffer, position)
-                starts = range(0, len(buffer), READ_AT_ONCE)
-                if len(starts) < 2:
-                    fill(0)
-                else:
-                    # A pool of its own: a fork leaves none of a shared pool's threads.
-                    with ThreadPoolExecutor(min(readers(), len(starts))) as pool:
-                        list(pool.map(fill, starts))
-        except OSError as error:
-            raise CheckpointError(f"{self.shard} cannot be read: {error.strerror}") from error
+        tensor = torch.empty(shape, dtype=getattr(torch, self.dtype_name))
+        before = first * math.prod(self.shape[1:])
+        read_into(tensor.view(-1), [(self, before, tensor.numel())])
         return tensor
 
     def number(self) -> float:
@@ -113,12 +101,9 @@ class StoredTensor:
             CheckpointError: the file cannot be read, or ends too early.
         """
         size = _ITEM_BYTES[self.dtype]
-        try:
-            with self.shard.open("rb") as file:
-                file.seek(self.start)
-                content = file.read(size)
-        except OSError as error:
-            raise CheckpointError(f"{self.shard} cannot be read: {error.strerror}") from error
+        with readable(self.shard), self.shard.open("rb") as file:
+            file.seek(self.start)
+            content = file.read(size)
         if self.dtype == "BF16":  # the upper half of a float32
             content = b"\0\0" + content
         kind = {"F16": "<e", "F64": "<d"}.get(self.dtype, "<f")
@@ -130,15 +115,80 @@ class StoredTensor:
         """Return it as one axis, of which any stretch can be read."""
         return replace(self, shape=(math.prod(self.shape),))
 
-    def _fill(self, file: int, buffer: memoryview, position: int, start: int) -> None:
-        """Read a piece of an open file's tensor; the interpreter's lock is free meanwhile."""
-        piece = buffer[start : start + READ_AT_ONCE]
+    def pieces(self, place_N: Tensor, first: int, file: int) -> Iterable[Callable[[], None]]:
+        """Return what reads numbers into their place, piece by piece; threads may share the pieces.
+
+        Args:
+            place_N: contiguous; if of another type than the tensor, nothing is left for threads.
+            first: the first number to read, of the flattened tensor.
+            file: the shard, opened.
+        """
+        import torch
+
+        if place_N.dtype != getattr(torch, self.dtype_name):
+            place_N.copy_(self.flat().read(first, len(place_N)))
+            return
+        if not len(place_N):
+            return
+        buffer = place_N.view(torch.uint8).numpy().data
+        position = self.start + first * place_N.itemsize
+        for start in range(0, len(buffer), READ_AT_ONCE):
+            piece = buffer[start : start + READ_AT_ONCE]
+            yield partial(self._fill, file, piece, position + start)
+
+    def _fill(self, file: int, piece: memoryview, position: int) -> None:
+        """Read bytes of an open file; the interpreter's lock is free meanwhile."""
         done = 0
         while done < len(piece):
-            chunk = os.preadv(file, [piece[done:]], position + start + done)
+            with readable(self.shard):
+                chunk = os.preadv(file, [piece[done:]], position + done)
             if not chunk:
                 raise damaged(self.shard, "it ends too early")
             done += chunk
+
+
+def read_into(target_N: Tensor, stretches: Iterable[tuple[StoredTensor, int, int]]) -> None:
+    """Fill a tensor with stretches of stored ones, one after another, by several threads.
+
+    Args:
+        target_N: contiguous.
+        stretches: a stored tensor, its first number to read and how many, of it flattened.
+
+    Raises:
+        CheckpointError: a file cannot be read, or ends too early.
+    """
+    with ExitStack() as files:
+
+        @cache
+        def opened(shard: Path) -> int:
+            with readable(shard):
+                return files.enter_context(shard.open("rb", buffering=0)).fileno()
+
+        pieces, before = list[Callable[[], None]](), 0
+        for stored, first, count in stretches:
+            place_N = target_N[before : before + count]
+            pieces += stored.pieces(place_N, first, opened(stored.shard))
+            before += count
+        if target_N.nbytes <= READ_AT_ONCE:  # threads would cost more than they save
+            for read in pieces:
+                read()
+            return
+        # A pool of its own: a fork leaves none of a shared pool's threads.
+        with ThreadPoolExecutor(readers()) as pool:
+            list(pool.map(lambda read: read(), pieces))
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Name the file that cannot be read.
+
+    Raises:
+        CheckpointError: instead of the system's error.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
 
 
 @dataclass(frozen=True)

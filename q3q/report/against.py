@@ -25,6 +25,7 @@ from q3q.report.paper import (
     CLOSE,
     COLLAPSED,
     PERPLEXITY_TOLERANCE,
+    is_misnamed,
     of_verdicts,
     verdict,
 )
@@ -170,7 +171,7 @@ def compare(records: Sequence[TrialRecord], published: PublishedSet) -> Against:
     """Compare every published number with each completed trial that has its settings."""
     compared = []
     for record in in_order(records):
-        if not record.completed:
+        if not record.completed or is_misnamed(record):
             continue
         params = trial_params(record.spec)
         for number in published.cells:

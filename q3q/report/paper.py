@@ -30,6 +30,7 @@ from q3q.report.published import (
     published_cells,
     published_models,
 )
+from q3q.report.sizes import parameters_of
 from q3q.report.tables import Table
 from q3q.spec import SELDOM_OF_SCHEME, Json, ModelRef, TaskRef, TrialSpec
 
@@ -59,6 +60,15 @@ DATASETS = {
     },
     "mmlu_paper/acc": "mmlu",
     "mmlu/acc": "mmlu",
+}
+# Of each release and its base model: a folder of that name is that model only if it has as many.
+PARAMETERS = {
+    "Qwen3-0.6B": 596_049_920,
+    "Qwen3-1.7B": 1_720_574_976,
+    "Qwen3-4B": 4_022_468_096,
+    "Qwen3-8B": 8_190_735_360,
+    "Qwen3-14B": 14_768_307_200,
+    "Qwen3-32B": 32_762_123_264,
 }
 # Settings of +study=paper; all others are a method's defaults.
 PROTOCOL_DTYPE = "bfloat16"  # of every Qwen3 release
@@ -108,7 +118,7 @@ def compare_with_paper(records: Iterable[TrialRecord]) -> list[Compared]:
     compared = []
     for record in in_order(records):
         place = cell_of(record.spec)
-        if place is None or not record.completed or given_format(record):
+        if place is None or not record.completed or given_format(record) or is_misnamed(record):
             continue
         for metric, dataset in DATASETS.items():
             value = cell(record, metric)
@@ -118,6 +128,36 @@ def compare_with_paper(records: Iterable[TrialRecord]) -> list[Compared]:
             cells = published_cells().get((*place, dataset), ())
             compared += [_compare(theirs, record, metric, ours) for theirs in cells]
     return compared
+
+
+def is_misnamed(record: TrialRecord) -> bool:
+    """Return True for a folder with the name of one of the study's models, and not its size.
+
+    Nor can it be that model if its record does not hold the size. A fine-tuned model has the same
+    size, so its folder's name decides.
+    """
+    model = record.spec.model
+    if model.source is not None or (studied := _studied(model)) is None:
+        return False
+    parameters = parameters_of(record)
+    released = PARAMETERS[studied.removesuffix("-Base")]
+    return parameters is None or not math.isclose(parameters, released, rel_tol=1e-3)
+
+
+def misnamed(records: Iterable[TrialRecord]) -> str | None:
+    """Say in a line which models are not compared as they are misnamed; None: there are none."""
+    found = dict[str, str]()
+    for record in in_order(records):
+        if record.completed and is_misnamed(record):
+            size = parameters_of(record)
+            held = "unknown size" if size is None else f"{round(size):,} parameters"
+            found[record.spec.model.label] = f"{record.spec.model.label} ({held})"
+    if not found:
+        return None
+    return (
+        "No published number is compared with a folder that is called like a released model and "
+        f"has not its number of parameters: {', '.join(found.values())}."
+    )
 
 
 def cell_of(spec: TrialSpec) -> tuple[str, str, int, int, str] | None:
@@ -160,7 +200,7 @@ def _studied(model: ModelRef) -> str | None:
 
     A Hub model is what its id says: another organization's Qwen3-8B is another model. Records of
     older versions may have the name of one of the study's models and the source of another; they
-    are neither. A model in a folder is what its name says.
+    are neither. A model in a folder is what its name says, unless it `is_misnamed`.
     """
     by_name = published_models().get(plain_name(model.name or ""))
     if model.source is None:

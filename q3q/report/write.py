@@ -24,7 +24,7 @@ from q3q.report.luck import luck_tables
 from q3q.report.measures import in_order
 from q3q.report.opening import MOST_ANSWERS, export_hint, in_markdown, opening
 from q3q.report.page import Contents, html, html_of_studies, markdown, versions
-from q3q.report.paper import compare_with_paper, paper_table, share_reproduced
+from q3q.report.paper import compare_with_paper, misnamed, paper_table, share_reproduced
 from q3q.report.plots import (
     Plot,
     perplexity_against_bits,
@@ -149,6 +149,8 @@ def _contents(records: Sequence[TrialRecord], about: About, plots: bool = True) 
         warnings.append(
             f"These trials were measured by {len(commits)} versions of the code: {counts}."
         )
+    if (line := misnamed(records)) is not None:
+        warnings.append(line)
     shown_answers = answers(shown, about.margin, about.context)
     pictures = _pictures(shown_answers, study_looks(shown)) if plots else []
     return Contents(

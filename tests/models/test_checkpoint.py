@@ -6,6 +6,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from transformers import (
 )
 
 from q3q.errors import CheckpointError
+from q3q.models import checkpoint as checkpoints
+from q3q.models import tensor_files
 from q3q.models.checkpoint import Checkpoint, load_tokenizer
 from q3q.models.facts import read_facts
 from q3q.models.hub import (
@@ -34,6 +37,7 @@ from q3q.models.hub import (
     resolve_revision,
 )
 from q3q.models.published.readers import read_packing
+from q3q.report.paper import PARAMETERS
 from tests.hub import COMMIT, serving, use
 
 SMALL: dict[str, Any] = {
@@ -147,6 +151,45 @@ def test_fused_and_per_expert_layouts_read_alike(saved, broken):
                 matrices = list(tensor) if "experts" in name else [tensor]
                 for e, matrix in enumerate(matrices):
                     assert torch.equal(checkpoint.matrix(k, name, e), matrix), name
+
+
+@pytest.mark.parametrize("layout", ["", "_sharded"])
+def test_experts_are_read_several_at_a_time_each_into_its_place(saved, layout, monkeypatch):
+    folder, name = saved[0] / f"moe{layout}", "mlp.experts.up_proj.weight"
+    files = [load_file(shard) for shard in folder.glob("*.safetensors")]
+    on_disk = {key: tensor for file in files for key, tensor in file.items()}
+    experts = [on_disk[f"model.layers.0.mlp.experts.{e}.up_proj.weight"] for e in range(EXPERTS)]
+    expected, each, plain = torch.stack(experts), experts[0].nbytes, os.preadv
+    monkeypatch.setattr(tensor_files, "READ_AT_ONCE", each)
+    monkeypatch.setattr(tensor_files, "readers", lambda: 3)
+    monkeypatch.setattr(checkpoints, "_CONVERTED_AT_ONCE", expected.numel() - 5)
+    reads: list[threading.Thread] = []
+
+    def meeting(*arguments):
+        """Let the first reads go on when three have begun, or fail."""
+        reads.append(threading.current_thread())
+        if len(reads) <= 3:
+            together.wait()
+        return plain(*arguments)
+
+    def wide(checkpoint):
+        return checkpoint.block(0, torch.float32, [name])[name].bfloat16()
+
+    def stored(checkpoint):
+        return checkpoint.block(0, names=[name])[name]
+
+    def part(checkpoint):  # of a gang's rank
+        return checkpoint.block_part(0, name, 7, expected.numel() - 9)
+
+    monkeypatch.setattr(os, "preadv", meeting)
+    for read in (stored, wide, part):
+        reads.clear()
+        together = threading.Barrier(3, timeout=60)
+        found = read(Checkpoint(folder)).flatten()
+        first = 7 if read is part else 0
+        assert torch.equal(found, expected.flatten()[first:][: len(found)])
+        assert len(found) == expected.numel() - (9 if read is part else 0)
+        assert len(set(reads[:3])) == 3
 
 
 def test_experts_keep_their_order_beyond_ten(broken):
@@ -268,6 +311,7 @@ def test_facts_of_the_released_models(size):
     assert facts.linear_parameters / 1e9 == pytest.approx(linears, abs=6e-5)
     assert facts.embedding_parameters / 1e9 == pytest.approx(embeddings, abs=6e-5)
     assert facts.parameters / 1e9 == pytest.approx(total, abs=6e-5)
+    assert facts.parameters == PARAMETERS.get(f"Qwen3-{size}", facts.parameters)
     assert facts.weight_bytes() == 2 * facts.parameters
     assert facts.weight_bytes("float32") == 4 * facts.parameters
     assert facts.columns == {

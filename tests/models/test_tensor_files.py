@@ -1,4 +1,4 @@
-"""Large tensors are read by several threads, to the same bytes."""
+"""Tensors are read by several threads, to the same bytes."""
 
 import pytest
 import torch

@@ -1,11 +1,13 @@
 """Triton is tried once, in a child process, and plain kernels serve where it fails."""
 
 import sys
+import tempfile
 from importlib.util import find_spec
 
 import pytest
 import torch
 
+from q3q.environment import COMMAND_ID
 from q3q.numerics.kernels import compiler
 from q3q.numerics.kernels.compiler import compiler_fault, fault_of, has_fused
 from q3q.numerics.kernels.logsum import logsum, logsum_plain
@@ -28,6 +30,8 @@ def tried(monkeypatch, tmp_path):
     monkeypatch.setattr(compiler, "find_spec", lambda name: find_spec("sys"))
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setattr(compiler, "TRY", tmp_path / "first.py")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.delenv(COMMAND_ID, raising=False)
     runs = tmp_path / "runs"
     compiler_fault.cache_clear()
 
@@ -72,6 +76,22 @@ def test_where_triton_fails_plain_kernels_serve_and_it_is_tried_once(tried):
     compiler_fault.cache_clear()  # in another process it may be repaired
     assert not has_fused(GPU)
     assert runs() == 2
+
+
+def test_a_failure_is_remembered_for_the_processes_of_one_command(tried, monkeypatch):
+    runs = tried(f"raise RuntimeError({NO_COMPILER!r})")
+    monkeypatch.setenv(COMMAND_ID, "first")
+    said = []
+    for _ in range(2):
+        said.append(compiler_fault())
+        compiler_fault.cache_clear()
+    assert runs() == 1
+    assert said == ["there is no C compiler: install gcc, or name one in CC"] * 2
+    for setting, value, count in (("CC", "/another", 2), (COMMAND_ID, "next", 3)):
+        monkeypatch.setenv(setting, value)
+        assert not has_fused(GPU)
+        assert runs() == count
+        compiler_fault.cache_clear()
 
 
 def test_where_triton_works_fused_kernels_serve_and_no_process_tries_again(tried, monkeypatch):

@@ -7,6 +7,7 @@ import pytest
 
 from q3q.placement import Trial
 from q3q.record import COMPLETED, TrialRecord
+from q3q.report.about import About
 from q3q.report.paper import (
     DIFFERENT,
     NEAR,
@@ -14,12 +15,14 @@ from q3q.report.paper import (
     cell_of,
     compare_with_paper,
     departures,
+    misnamed,
     paper_table,
     share_reproduced,
     study_model,
     verdict,
 )
 from q3q.report.published import published
+from q3q.report.write import one_format
 from q3q.spec import TaskRef
 from tests.specs import (
     calibration_of,
@@ -50,6 +53,12 @@ def spec(
 def record(perplexity: float, acc: float | None = None, **changes: Any) -> TrialRecord:
     metrics = {"perplexity/wikitext2": perplexity} | ({} if acc is None else {"piqa/acc": acc})
     return TrialRecord(spec=spec(**changes), status=COMPLETED, metrics=metrics)
+
+
+def sized(trial: TrialRecord, parameters: int | None) -> TrialRecord:
+    """Return a record of a model of so many parameters, stored in 16 bits; None: unknown."""
+    sizes = {"model_bytes": 2.0 * (parameters or 0), "bits_per_weight_model": 16.0}
+    return replace(trial, metrics=trial.metrics | (sizes if parameters else {}))
 
 
 def test_the_table_is_the_papers() -> None:
@@ -115,9 +124,24 @@ def test_another_model_is_not_called_by_the_name_of_one_of_the_studys(
 
 
 def test_a_checkpoint_that_was_quantized_already_is_not_the_unquantized_model() -> None:
-    folder = record(7.0, method="none", model=model_of("Qwen3-8B-Base"))
+    folder = sized(record(7.0, method="none", model=model_of("Qwen3-8B-Base")), 8_190_735_360)
     assert compare_with_paper([folder])
     assert not compare_with_paper([replace(folder, notes={"stored": {"quantized": "gptq"}})])
+
+
+@pytest.mark.parametrize(
+    ("parameters", "held"),
+    [(5_760_000, "5,760,000 parameters"), (None, "unknown size"), (8_190_735_360, None)],
+)
+def test_a_folder_is_the_model_of_its_name_only_if_it_has_its_size(
+    parameters: int | None, held: str | None
+) -> None:
+    folder = sized(record(7.0, method="none", model=model_of("Qwen3-8B")), parameters)
+    assert bool(compare_with_paper([folder])) == (held is None)
+    said = misnamed([folder, record(7.0)])
+    assert said is None if held is None else str(said).endswith(f": Qwen3-8B ({held}).")
+    report = one_format([folder], About(name="mine", command=""), "md").decode()
+    assert ("is called like a released model" in report) == (held is not None)
 
 
 @pytest.mark.parametrize(

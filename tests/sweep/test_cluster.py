@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from q3q.environment import COMMAND_ID
 from q3q.errors import ConfigError, Q3QError
 from q3q.sweep.ray import cluster as cluster_module
 from q3q.sweep.ray import gpus_aside, scheduler
@@ -363,9 +364,11 @@ def test_workers_see_the_drivers_modules_folder_and_variables(cluster, tmp_path,
     def call(report):
         import only_the_driver_knows
 
-        return only_the_driver_knows.ANSWER, os.getcwd(), os.environ["Q3Q_TEST_COLOUR"]
+        own = os.environ["Q3Q_TEST_COLOUR"], os.environ["Q3Q_COMMAND_ID"]
+        return only_the_driver_knows.ANSWER, os.getcwd(), *own
 
-    assert value_of(cluster, call) == (42, str(tmp_path), "blue")
+    assert value_of(cluster, call) == (42, str(tmp_path), "blue", cluster.env[COMMAND_ID])
+    assert Cluster().env[COMMAND_ID] != cluster.env[COMMAND_ID]
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from contextlib import suppress
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import torch
 
+from q3q.environment import COMMAND_ID
 from q3q.spec import Json, digest
 from q3q.storage.files import write_atomically
 
@@ -41,18 +43,23 @@ def has_fused(device: torch.device) -> bool:
 def compiler_fault() -> str | None:
     """Return why fused kernels cannot run on this process's GPU; None if they can.
 
-    Success is remembered beside Triton's cache, for this GPU, these packages and this compiler; a
-    failure is tried again in the next process.
+    Success is remembered beside Triton's cache, for this GPU, these packages and this compiler. A
+    failure is remembered for the other processes of the same command: the next command tries again.
     """
     if find_spec("triton") is None:
         return "Triton is not installed"
-    memo = _memo()
-    if memo.is_file():
+    success, failure = _memos()
+    if success.is_file():
         return None
-    fault = fault_of([sys.executable, "-P", str(TRY)])
-    if fault is None:
+    if failure is not None:
         with suppress(OSError):
-            write_atomically(memo, b"")
+            return failure.read_text(errors="replace")
+    fault = fault_of([sys.executable, "-P", str(TRY)])
+    with suppress(OSError):
+        if fault is None:
+            write_atomically(success, b"")
+        elif failure is not None:
+            write_atomically(failure, fault.encode())
     return fault
 
 
@@ -81,8 +88,13 @@ def fault_of(command: list[str], seconds: float = SECONDS) -> str | None:
     return (lines[-1] if lines else f"its process ended with {ending}")[:200]
 
 
-def _memo() -> Path:
-    """Return the file that stands for success with all that a compilation depends on."""
+def _memos() -> tuple[Path, Path | None]:
+    """Return the files that stand for success, and for failure in this process's command, if any.
+
+    Their names hold all that a compilation depends on. The failure's lies in the folder of
+    temporary files: Triton's cache may be what fails.
+    """
+    cache_folder = os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache"
     facts: Json = {
         "gpu": torch.cuda.get_device_name(),
         "python": sys.executable,
@@ -92,5 +104,8 @@ def _memo() -> Path:
     for package in ("torch", "triton"):
         with suppress(PackageNotFoundError):
             facts[package] = version(package)
-    cache_folder = os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache"
-    return Path(cache_folder) / "q3q" / digest(facts)[:32]
+    success = Path(cache_folder) / "q3q" / digest(facts)[:32]
+    if (command := os.environ.get(COMMAND_ID)) is None:
+        return success, None
+    name = digest(facts | {"cache": str(cache_folder), "command": command})[:32]
+    return success, Path(tempfile.gettempdir(), f"q3q-no-kernels-{name}")

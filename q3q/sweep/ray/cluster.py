@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any
 
 from q3q import ending
-from q3q.environment import environment_variables
+from q3q.environment import COMMAND_ID, environment_variables
 from q3q.errors import ConfigError
 from q3q.limits import cores, memory_for_trials
 from q3q.masking import masked
@@ -91,7 +91,7 @@ class Cluster:
                 "auto"
             )
         self.address, self.cpus, self.gpus, self.memory = address, cpus, gpus, memory
-        self.env, self.patience = dict(env or {}), patience
+        self.env, self.patience = {COMMAND_ID: secrets.token_hex(16), **(env or {})}, patience
         self._up, self._stopped = threading.Event(), threading.Event()
         self._starting = Starting(address)
         self._failure: BaseException | None = None
