@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from q3q.errors import UNREADABLE
 from q3q.masking import masked
 from q3q.placement import Placement, Trial
 from q3q.spec import Json, TrialSpec
@@ -337,7 +338,7 @@ class Sweep:
             self.load(path)
         except FileNotFoundError:
             pass
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except UNREADABLE as error:
             put_aside(path, f"cannot be read ({error})")
         write_atomically(path, sealed(self.to_json()))
 
@@ -362,7 +363,7 @@ def finished_baseline(trial: Trial) -> TrialRecord | None:
         return None
     try:
         record = TrialRecord.load(trial.placement.trials / baseline / "record.json")
-    except (OSError, ValueError, KeyError, TypeError):
+    except UNREADABLE:
         return None
     return record if record.completed and record.spec.id == baseline else None
 

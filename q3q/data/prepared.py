@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
+from q3q.errors import UNREADABLE
 from q3q.placement import Trial
 from q3q.spec import Json, digest
 from q3q.storage.aside import put_aside, tell
@@ -152,7 +153,7 @@ def kept_identity(path: Path) -> Json | None:
             beginning = file.read(8)
             header = file.read(min(int.from_bytes(beginning, "little"), MOST_HEADER))
         identity = json.loads(_metadata(beginning + header)[IDENTITY])
-    except (OSError, ValueError, KeyError, TypeError):
+    except UNREADABLE:
         return None
     return identity if isinstance(identity, dict) else None
 

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from q3q.environment import processor
-from q3q.errors import IntegrityError
+from q3q.errors import UNREADABLE, IntegrityError
 from q3q.models.facts import DTYPE_BYTES
 from q3q.reporter import Steps, no_steps
 from q3q.spec import Json, digest
@@ -208,7 +208,7 @@ def find_baseline(folder: Path, identity: BaselineIdentity) -> Baseline | None:
             dtype=body["dtype"],
             checksums=checksums,
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except UNREADABLE:
         return None
     intact = all(_content(entry / _file(row), sha) is not None for row, sha in checksums.items())
     return baseline if intact else None

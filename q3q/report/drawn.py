@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from q3q.environment import packages
+from q3q.errors import UNREADABLE
 from q3q.evaluate.samples import damaged_files
 from q3q.record import Sweep, TrialRecord
 from q3q.report.about import About, Report
@@ -102,7 +103,7 @@ def _found(folder: Path, made_from: str) -> Report | None:
         if facts["made_from"] != made_from:
             return None
         files = {name: read_file(folder / name) for name in facts["files"]}
-    except (OSError, ValueError, KeyError, TypeError):
+    except UNREADABLE:
         return None
     if any(_sha(content) != facts["files"][name] for name, content in files.items()):
         return None

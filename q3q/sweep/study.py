@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from q3q.errors import (
+    UNREADABLE,
     ConfigError,
     IntegrityError,
     NotRegisteredError,
-    Q3QError,
     RefusedByTrackerError,
     SweepFailedError,
     TrackingError,
@@ -349,5 +349,5 @@ def recent_records(storage: Path) -> Iterator[TrialRecord]:
         (path.lstat().st_mtime_ns, path) for path in (storage / "trials").glob("*/record.json")
     ]
     for _, path in heapq.nlargest(RECENT_RECORDS, records):
-        with suppress(OSError, ValueError, KeyError, TypeError, Q3QError):
+        with suppress(*UNREADABLE):
             yield TrialRecord.load(path)

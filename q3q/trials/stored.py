@@ -7,7 +7,7 @@ from pathlib import Path
 
 from q3q.attempt import CLAIM
 from q3q.crash import TRACEBACK_AT
-from q3q.errors import ConfigError, Q3QError
+from q3q.errors import UNREADABLE, ConfigError
 from q3q.evaluate.samples import damaged_files
 from q3q.export.destination import export_fault, is_ours, partial_path
 from q3q.export.marker import disk_bytes
@@ -258,12 +258,12 @@ def _read(folder: Path) -> tuple[Trial | None, TrialRecord | None]:
     for name in RECORDS:
         try:
             record = TrialRecord.load(folder / name)
-        except (OSError, ValueError, KeyError, TypeError, Q3QError):
+        except UNREADABLE:
             continue
         return record.trial, record
     try:
         return load_trial(folder / "spec.json"), None
-    except (OSError, ValueError, KeyError, TypeError, Q3QError):
+    except UNREADABLE:
         return None, None
 
 

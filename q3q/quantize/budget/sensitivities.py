@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from q3q.errors import UNREADABLE
 from q3q.placement import Trial
 from q3q.quantize.budget.units import Unit
 from q3q.quantize.methods.registry import settings_or_default
@@ -24,7 +25,6 @@ from q3q.storage.mirror import mirror_for
 from q3q.storage.uploader import uploading
 
 FOLDER = "sensitivities"
-UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)
 
 
 def identity_of(spec: TrialSpec, units: Sequence[Unit]) -> Json:
