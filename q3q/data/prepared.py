@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
+from q3q.canonical import sha256
 from q3q.errors import UNREADABLE
 from q3q.placement import Trial
 from q3q.spec import Json, digest
@@ -130,7 +131,7 @@ def tokenizer_digest(tokenizer: Any) -> str | None:
     if backend is None:
         return None
     if tokenizer not in _backends:
-        _backends[tokenizer] = hashlib.sha256(backend.to_str().encode()).hexdigest()
+        _backends[tokenizer] = sha256(backend.to_str())
     kind = type(tokenizer)
     return digest(
         {

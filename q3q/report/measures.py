@@ -3,12 +3,12 @@
 Labels contain what differs between trials, so that two group sizes or knobs never share a name.
 """
 
-import hashlib
 import json
 import math
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
+from q3q.canonical import sha256
 from q3q.evaluate.metrics import (
     accuracy_metric,
     held_out,
@@ -363,9 +363,8 @@ def asked_of(evaluation: Evaluation, metric: str) -> Json:
     settings = {key: facts.get(key) for key in ("task_limit", "chat", "include")}
     if metric == MEAN_ACCURACY:
         data = json.dumps(facts.get("data", {}), sort_keys=True)  # of all tasks
-        digest = hashlib.sha256(data.encode()).hexdigest()[:8]
         settings |= {key: facts.get(key) for key in ("tasks", "shots", "limits")}
-        return settings | {"data.digest": digest}
+        return settings | {"data.digest": sha256(data)[:8]}
     task = measure.removesuffix("_quick")
     return settings | {key: facts.get(key, {}).get(task) for key in ("shots", "limits")}
 

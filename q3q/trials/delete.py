@@ -18,9 +18,10 @@ from q3q.formatting import bytes_in_words
 from q3q.placement import Trial
 from q3q.spec import Json
 from q3q.storage.claim import Claim, Holder, claim_or_refuse
+from q3q.storage.files import bytes_below
 from q3q.storage.mirror import mirror_at
 from q3q.storage.stores import folder_of
-from q3q.trials.stored import StoredTrial, bytes_below, exports_of
+from q3q.trials.stored import StoredTrial, exports_of
 
 
 def delete_trials(

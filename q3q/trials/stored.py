@@ -20,6 +20,7 @@ from q3q.record import Sweep, TrialRecord, load_trial
 from q3q.report.records import RECORDS, all_sweeps
 from q3q.storage.block_cache import stored_blocks
 from q3q.storage.claim import holder_of
+from q3q.storage.files import bytes_below
 from q3q.storage.mirror import Mirror, mirror_at
 from q3q.storage.mirrored_blocks import block_cache_of
 from q3q.storage.status import SweepStatus, at_work
@@ -155,17 +156,6 @@ def exports_of(trial: Trial) -> list[Path]:
     if path is None:
         return []
     return [folder for folder in (path, partial_path(path)) if is_ours(folder, trial.spec)]
-
-
-def bytes_below(folder: Path) -> int:
-    """Return the size of all files under a folder; a file that goes away meanwhile counts as 0."""
-    total = 0
-    for path in folder.rglob("*"):
-        try:
-            total += 0 if path.is_symlink() or path.is_dir() else path.stat().st_size
-        except FileNotFoundError:
-            continue
-    return total
 
 
 def _stored(
