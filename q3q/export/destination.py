@@ -18,6 +18,7 @@ from q3q.errors import ExportError
 from q3q.export.formats import FORMATS
 from q3q.export.marker import marker_of, owner_of, size_fault
 from q3q.export.tensors import expected_bytes
+from q3q.formatting import bytes_in_words
 from q3q.models.checkpoint import EXPORT_MARKER
 from q3q.models.facts import ModelFacts
 from q3q.placement import Trial
@@ -147,8 +148,8 @@ def check_destination(trial: Trial, facts: ModelFacts) -> None:
     needed, free = _needed_bytes(trial, facts), shutil.disk_usage(parent).free
     if free < needed:
         raise ExportError(
-            f"export.path={path}: the checkpoint needs {needed / 1e9:.1f} GB and {parent} has "
-            f"{free / 1e9:.1f} GB free"
+            f"export.path={path}: the checkpoint needs {bytes_in_words(needed)} and {parent} has "
+            f"{bytes_in_words(free)} free"
         )
 
 
@@ -168,8 +169,8 @@ def check_room(trials: Iterable[tuple[Trial, ModelFacts]]) -> None:
         free = shutil.disk_usage(parent).free
         if free < needed:
             raise ExportError(
-                f"the sweep's {len(exports)} exports need {needed / 1e9:.1f} GB together and "
-                f"{parent} has {free / 1e9:.1f} GB free; export fewer of them, or somewhere else"
+                f"the sweep's {len(exports)} exports need {bytes_in_words(needed)} together and "
+                f"{parent} has {bytes_in_words(free)} free; export fewer of them, or somewhere else"
             )
 
 

@@ -10,13 +10,13 @@ from dataclasses import dataclass, replace
 
 from q3q.evaluate.identities import conditions_of
 from q3q.evaluate.metrics import mean_metrics
-from q3q.formatting import percent, plural, significant
+from q3q.formatting import bytes_in_words, percent, plural, significant
 from q3q.record import JUDGED, TrialRecord
 from q3q.report.changes import Change, change
 from q3q.report.measures import ABSENT, FAILED, in_order
 from q3q.report.pairs import difference, flipped
 from q3q.report.pools import Pool
-from q3q.report.sizes import bytes_of, megabytes
+from q3q.report.sizes import bytes_of
 from q3q.report.tables import Table
 from q3q.spec import MEAN_ACCURACY, TrialSpec, digest, text_metric
 
@@ -241,7 +241,7 @@ class Bench:
         return {
             "format": str(record.notes.get(JUDGED, {}).get("format") or record.spec.model.dtype),
             "bits per weight": ABSENT if bits is None else significant(bits, 3),
-            "size": ABSENT if size is None else megabytes(size.value),
+            "size": ABSENT if size is None else bytes_in_words(size.value),
         }
 
     def _accuracy(self, pool: Pool) -> str:

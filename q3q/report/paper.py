@@ -9,18 +9,11 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from q3q.config.texts import RANDOM_TEXTS
+from q3q.evaluation import is_perplexity, is_share
 from q3q.formatting import fixed, percent, signed
 from q3q.quantize.methods.registry import settings_class
 from q3q.record import TrialRecord
-from q3q.report.measures import (
-    DIVERGED,
-    cell,
-    given_format,
-    in_order,
-    is_perplexity,
-    is_share,
-    shown,
-)
+from q3q.report.measures import DIVERGED, cell, given_format, in_order, shown
 from q3q.report.published import (
     NOTES,
     SOURCE,

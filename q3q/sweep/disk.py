@@ -11,8 +11,9 @@ from pathlib import Path
 
 from q3q.errors import ConfigError
 from q3q.evaluate.baseline import baseline_bytes, kept_windows
+from q3q.formatting import bytes_in_words
 from q3q.models.facts import ModelFacts
-from q3q.models.footprint import in_bytes, stored_bytes
+from q3q.models.footprint import stored_bytes
 from q3q.number_formats import own_form
 from q3q.placement import Trial
 from q3q.spec import AUTO_DRIFT, Scheme, TrialSpec
@@ -123,16 +124,14 @@ def refuse_full_disk(folder: Path, left: int, running: int) -> None:
     free = free_disk(folder)
     if free is None or left + running <= free:
         return
-    parts = (
-        [f"{in_bytes(running)} for quantized blocks of trials that run at once"] if running else []
-    )
-    parts += [f"{in_bytes(left)} for what trials leave"] if left else []
+    uses = ((running, "quantized blocks of trials that run at once"), (left, "what trials leave"))
+    parts = [f"{bytes_in_words(size)} for {what}" for size, what in uses if size]
     advice = "free some, or give storage= on a larger disk"
     if left and not running:
         advice += ", or leave out keep=blocks or export="
     raise ConfigError(
-        f"{folder} has {in_bytes(free)} of disk free, and this needs {in_bytes(left + running)}: "
-        f"{', and '.join(parts)}; {advice}"
+        f"{folder} has {bytes_in_words(free)} of disk free, and this needs "
+        f"{bytes_in_words(left + running)}: {', and '.join(parts)}; {advice}"
     )
 
 
