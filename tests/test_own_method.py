@@ -171,9 +171,6 @@ from q3q.numerics.weights import round_to_grid
 from q3q.quantize.method import Method
 
 class Own(Method):
-    def __init__(self, settings):
-        self.settings = settings
-
     def quantize(self, task, scheme):
         """Round."""
         shrink = 1.0  # a comment
