@@ -45,7 +45,10 @@ class Perplexity:
 
 
 def perplexity(model: Decoder, windows_NT: Tensor, steps: Steps = no_steps) -> Perplexity:
-    """Compute the perplexity over windows of token ids [N, T]."""
+    """Compute the perplexity over windows of token ids [N, T].
+
+    Tests and benchmarks do; a trial has a journal of each window's loss as well.
+    """
     return of_losses(window_losses(model, windows_NT, steps))
 
 

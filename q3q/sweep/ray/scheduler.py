@@ -243,7 +243,7 @@ class TaskRun:
             again = Waiting(task, attempt + 1, deaths + 1)
         else:
             self.opened.add(task.after)
-            yield flight.outcome(error=content, died=kind == DIED)
+            yield flight.outcome(error=content)
             return
         self._run_again(again, content)
 
