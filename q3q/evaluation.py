@@ -10,6 +10,8 @@ from q3q.formatting import changes, decimals_of, percent, signed, significant
 MEAN_ACCURACY = "accuracy"  # metric: the mean over the tasks of `evaluate.metrics.mean_metrics`
 QUICK_SEED = 0  # of the windows and questions that evaluation.quick draws
 AUTO_DRIFT = "auto"
+# Bins of the original's confidence, the probability of its likeliest token, in percent.
+CONFIDENCE = ((0, 50), (50, 90), (90, 99), (99, 100))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,9 +18,8 @@ from q3q.storage.files import SEAL, read_file, sealed, unsealed, write_atomicall
 from q3q.storage.names import file_name
 
 COMPLETED, FAILED = "COMPLETED", "FAILED"
-UNQUANTIZED = (
-    "unquantized"  # a note: metrics of the unquantized model, each [value] or [value, low, high]
-)
+UNQUANTIZED = "unquantized"  # a note: that model's metrics, each [value] or [value, low, high]
+ALLOTMENT = "allotment"  # a note, and beside the blocks that were made with it
 # A note: numbers that a token leaves in the cache, of them in a head, how they are stored unless in
 # 16 bits, and the context, if given.
 CACHE = "cache"

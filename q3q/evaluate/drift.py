@@ -20,13 +20,12 @@ from q3q.evaluate.baseline import Baseline
 from q3q.evaluate.compare import NORMAL_95, quantile_interval
 from q3q.evaluate.journal import Journal
 from q3q.evaluate.perplexity import scored_windows
+from q3q.evaluation import CONFIDENCE
 from q3q.models.decoder import Decoder
 from q3q.numerics.divergence import kl_divergence
 from q3q.reporter import Steps, no_steps
 
 PERCENTILES = (1, 10, 25, 50, 75, 90, 99.9)  # over positions, beside the 99th
-# Bins of the original's confidence, the probability of its likeliest token, in percent.
-CONFIDENCE = ((0, 50), (50, 90), (90, 99), (99, 100))
 
 
 @dataclass(frozen=True)

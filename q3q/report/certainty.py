@@ -8,10 +8,14 @@ from operator import add
 from typing import TYPE_CHECKING
 
 from q3q.evaluate.correction import holm
-from q3q.evaluate.power import effective_discordance, effective_questions, smallest_difference
+from q3q.evaluate.power import (
+    LEVEL,
+    effective_discordance,
+    effective_questions,
+    smallest_difference,
+)
 from q3q.evaluation import change_unit, is_accuracy, is_perplexity
 from q3q.formatting import percent, plural
-from q3q.report.changes import LEVEL
 from q3q.report.families import Families, probability
 from q3q.report.measures import ABSENT
 from q3q.report.pairs import flips_of_tasks

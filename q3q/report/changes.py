@@ -8,6 +8,7 @@ import math
 from dataclasses import dataclass
 
 from q3q.evaluate.metrics import mean_metrics
+from q3q.evaluate.power import LEVEL
 from q3q.evaluation import change_in_words, change_of, is_accuracy, is_perplexity, is_share
 from q3q.record import Comparison, TrialRecord
 from q3q.report.measures import interval, is_better
@@ -17,7 +18,6 @@ from q3q.spec import MEAN_ACCURACY
 
 SAME = "no significant difference"
 UNTESTED = "not tested"
-LEVEL = 0.05  # as in `evaluate.compare`, which takes numpy with it
 
 
 @dataclass(frozen=True)

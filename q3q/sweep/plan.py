@@ -17,10 +17,11 @@ from q3q.models.footprint import cache_scheme, cache_shape
 from q3q.names import own_names
 from q3q.number_formats import INT, short_name
 from q3q.placement import Trial
+from q3q.quantize.budget.sensitivities import SENSING
 from q3q.record import TrialRecord
 from q3q.spec import Json, TrialSpec
 from q3q.sweep.allocation import Allocation, Choices
-from q3q.sweep.costs import SENSING, CostModel, Rate
+from q3q.sweep.costs import CostModel, Rate
 from q3q.sweep.disk import left_by_each, refuse_full_disk, running_bytes
 from q3q.sweep.machines import Machine, ResourceRequest
 from q3q.sweep.made import Made
