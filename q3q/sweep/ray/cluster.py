@@ -64,11 +64,9 @@ class Cluster:
     Args:
         address: `host:port` or `auto` of a running cluster that this machine is a node of; None
             starts one here.
-        cpus, gpus, memory: what the local cluster may hand out, memory in bytes; with None, all
-            cores and all free memory that this process may use, and the GPUs that Ray counts.
+        cpus, gpus: what the local cluster may hand out; with None, all cores that this process may
+            use, and the GPUs that Ray counts.
         env: environment variables that each worker gets before it imports anything for a task.
-        patience: seconds to wait for a machine large enough for a task, where a cluster grows on
-            demand; with 0, a task that fits on none of the present machines is refused at once.
     """
 
     def __init__(
@@ -76,22 +74,21 @@ class Cluster:
         address: str | None = None,
         cpus: int | None = None,
         gpus: int | None = None,
-        memory: int | None = None,
         env: Mapping[str, str] | None = None,
-        patience: float = 0.0,
     ) -> None:
-        if address is not None and (cpus, gpus, memory) != (None, None, None):
+        if address is not None and (cpus, gpus) != (None, None):
             raise ConfigError(
-                f"cpus, gpus and memory are for a local cluster: the one at {address} has what it "
-                "has"
+                f"cpus and gpus are for a local cluster: the one at {address} has what it has"
             )
         if address is not None and "://" in address:
             raise ConfigError(
                 f"cluster address {address}: run on a node of the cluster and give host:port, or "
                 "auto"
             )
-        self.address, self.cpus, self.gpus, self.memory = address, cpus, gpus, memory
-        self.env, self.patience = dict(env or {}), patience
+        self.address, self.cpus, self.gpus, self.env = address, cpus, gpus, dict(env or {})
+        # Seconds to wait for a machine large enough for a task, where a cluster grows on demand;
+        # with 0, a task that fits on none of the present machines is refused at once.
+        self.patience = 0.0
         self._up, self._stopped = threading.Event(), threading.Event()
         self._starting = Starting(address)
         self._failure: BaseException | None = None
@@ -216,7 +213,7 @@ class Cluster:
     def _start_here(self) -> None:
         if _token_wanted() and not os.environ.get(TOKEN_PATH):
             os.environ.setdefault(TOKEN, _own_token())
-        memory = memory_for_trials() if self.memory is None else self.memory
+        memory = memory_for_trials()
         store = OBJECT_STORE_BYTES
         if memory is not None:
             store = min(store, max(LEAST_OBJECT_STORE_BYTES, memory // 10))
