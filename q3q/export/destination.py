@@ -23,7 +23,7 @@ from q3q.models.checkpoint import EXPORT_MARKER
 from q3q.models.facts import ModelFacts
 from q3q.placement import Trial
 from q3q.spec import Json, TrialSpec
-from q3q.storage.files import write_atomically
+from q3q.storage.files import bytes_below, write_atomically
 
 SPARE_SHARE = 0.02  # of the checkpoint's bytes, for headers, tokenizer and the file being written
 SPARE_BYTES = 64 << 20
@@ -182,7 +182,7 @@ def _parent(path: Path) -> Path:
 def _needed_bytes(trial: Trial, facts: ModelFacts) -> int:
     """Return the bytes that are still to be written, with some to spare."""
     partial = partial_path(path_of(trial))
-    written = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
+    written = bytes_below(partial)
     needed = expected_bytes(trial.spec, facts) + facts.carried_bytes
     if trial.spec.export is not None and FORMATS[trial.spec.export].own_server:
         needed *= 2  # its one file is made of shards, which are removed after that

@@ -169,9 +169,10 @@ class FileDigests:
 def bytes_below(folder: Path) -> int:
     """Return the bytes of all files below a folder; those that come or go meanwhile may count."""
     total = 0
-    for path in folder.rglob("*"):
-        with suppress(OSError):
-            total += 0 if path.is_symlink() or path.is_dir() else path.stat().st_size
+    for top, _, names in os.walk(folder):  # unlike rglob, it bears that a folder goes away
+        for path in (Path(top, name) for name in names):
+            with suppress(OSError):
+                total += 0 if path.is_symlink() else path.stat().st_size
     return total
 
 

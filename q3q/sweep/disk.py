@@ -17,6 +17,7 @@ from q3q.models.footprint import stored_bytes
 from q3q.number_formats import own_form
 from q3q.placement import Trial
 from q3q.spec import AUTO_DRIFT, Scheme, TrialSpec
+from q3q.storage.files import bytes_below
 from q3q.sweep.costs import text_windows
 
 Left = dict[tuple[str, ...], int]
@@ -55,14 +56,8 @@ def running_bytes(trial: Trial, facts: ModelFacts) -> int:
     """
     if trial.placement.keeps_blocks:
         return 0
-    present = max(map(_present, trial.block_folders))
+    present = max(map(bytes_below, trial.block_folders))
     return max(0, block_bytes(trial.spec, facts) - present)
-
-
-def _present(folder: Path) -> int:
-    with suppress(OSError):
-        return sum(path.stat().st_size for path in folder.iterdir())
-    return 0
 
 
 def left_behind(trial: Trial, facts: ModelFacts) -> Left:

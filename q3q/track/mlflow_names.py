@@ -49,9 +49,8 @@ def _fitted(name: str) -> str:
 def experiment_name(name: str) -> str:
     """Return the name of an experiment, as it is unless MLflow or its databases refuse it."""
     word = fitted_text(name, len(name)).strip() or "q3q"
-    return (
-        word if len(word) <= MAX_EXPERIMENT else f"{word[: MAX_EXPERIMENT - 7]}-{sha256(name)[:6]}"
-    )
+    long = len(word) > MAX_EXPERIMENT
+    return f"{word[: MAX_EXPERIMENT - 7]}-{sha256(name)[:6]}" if long else word
 
 
 def fitted_text(text: str, length: int) -> str:
