@@ -86,6 +86,8 @@ class Cluster:
                 "auto"
             )
         self.address, self.cpus, self.gpus, self.env = address, cpus, gpus, dict(env or {})
+        # Bytes that a local cluster may hand out; None: all free memory that this process may use.
+        self.memory: int | None = None
         # Seconds to wait for a machine large enough for a task, where a cluster grows on demand;
         # with 0, a task that fits on none of the present machines is refused at once.
         self.patience = 0.0
@@ -213,7 +215,7 @@ class Cluster:
     def _start_here(self) -> None:
         if _token_wanted() and not os.environ.get(TOKEN_PATH):
             os.environ.setdefault(TOKEN, _own_token())
-        memory = memory_for_trials()
+        memory = memory_for_trials() if self.memory is None else self.memory
         store = OBJECT_STORE_BYTES
         if memory is not None:
             store = min(store, max(LEAST_OBJECT_STORE_BYTES, memory // 10))
