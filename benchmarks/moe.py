@@ -224,7 +224,7 @@ def main() -> None:
             0,
             Gptq(GptqSettings()),
             Schemes(SCHEME),
-            Activations.of_all(inputs),
+            Activations(inputs, [0], len(hidden), WINDOW),
             Rope(block.facts),
         )
     )

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from q3q.config.schema import register
+from q3q.formatting import in_gb
 from q3q.models.disk_names import disk_shapes
 from q3q.models.facts import ModelFacts, read_facts
-from q3q.models.footprint import in_gb
 from q3q.models.tensor_files import Rows, encode_tensors
 
 ROOT = Path(__file__).parent.parent

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from q3q.environment import now
-from q3q.errors import Q3QError
+from q3q.errors import UNREADABLE
 from q3q.evaluate.samples import damaged_files
 from q3q.export.destination import forget_export, is_finished
 from q3q.masking import masked
@@ -27,7 +27,6 @@ from q3q.storage.uploader import uploading
 CLAIM = "trial"  # the name of a trial's claim, in its folder
 LOG = "trial.log"
 # Errors of reading a file that is missing, torn, or another program's.
-UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, Q3QError)
 
 
 @dataclass(frozen=True)

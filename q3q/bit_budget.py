@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from q3q.canonical import Json, without_none
 from q3q.errors import ConfigError
 
 LINEAR, SITE, BLOCK = UNITS = ("linear", "site", "block")
@@ -92,9 +93,8 @@ class BitBudget:
             )
         return f"each {self.unit} has a width by its sensitivity, {limit}"
 
-    def to_json(self) -> dict[str, Any]:
-        facts = asdict(self) | {"widths": list(self.widths)}
-        return {key: value for key, value in facts.items() if value is not None}
+    def to_json(self) -> Json:
+        return without_none(asdict(self) | {"widths": list(self.widths)})
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "BitBudget":

@@ -15,8 +15,14 @@ def digest(facts: Json, *, spaced: bool = False) -> str:
         spaced: with a space after each separator, as files' seals have always had it.
     """
     separators = None if spaced else (",", ":")
-    canonical = json.dumps(facts, sort_keys=True, separators=separators)
-    return hashlib.sha256(canonical.encode()).hexdigest()
+    return sha256(json.dumps(facts, sort_keys=True, separators=separators))
+
+
+def sha256(content: str | bytes) -> str:
+    """Return the SHA-256 (64 hex digits) of a text or of bytes."""
+    if isinstance(content, str):
+        content = content.encode(errors="surrogatepass")
+    return hashlib.sha256(content).hexdigest()
 
 
 def without_none(facts: Mapping[str, Any], keep: Collection[str] = ()) -> Json:

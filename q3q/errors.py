@@ -101,6 +101,10 @@ class SweepFailedError(Q3QError):
     """A sweep that ended with failed trials; its table and report are written."""
 
 
+# What reading a torn or foreign file may raise, until its content is checked.
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, Q3QError)
+
+
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's words, or its kind if it has none.
 

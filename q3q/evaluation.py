@@ -5,10 +5,13 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from q3q.canonical import Json, checked, without_none
+from q3q.formatting import changes, decimals_of, percent, signed, significant
 
 MEAN_ACCURACY = "accuracy"  # metric: the mean over the tasks of `evaluate.metrics.mean_metrics`
 QUICK_SEED = 0  # of the windows and questions that evaluation.quick draws
 AUTO_DRIFT = "auto"
+# Bins of the original's confidence, the probability of its likeliest token, in percent.
+CONFIDENCE = ((0, 50), (50, 90), (90, 99), (99, 100))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +117,45 @@ class Evaluation:
             TaskRef(name=name, shots=shots.get(name), limit=limits.get(name)) for name in tasks
         )
         return cls(**rest)
+
+
+def is_perplexity(metric: str) -> bool:
+    return metric.partition("/")[0] in ("perplexity", "perplexity_quick")
+
+
+def is_accuracy(metric: str) -> bool:
+    return metric == MEAN_ACCURACY or metric.endswith("/acc")
+
+
+def is_share(metric: str) -> bool:
+    """Return True for shares of right answers, which are shown in percent."""
+    return is_accuracy(metric) or metric.endswith("/acc_norm")
+
+
+def value_in_words(value: float, metric: str) -> str:
+    """Return a metric in percent, if it is a share, else to four digits."""
+    return percent(value) if is_share(metric) else significant(value)
+
+
+def change_of(metric: str, ours: float, theirs: float) -> float:
+    """Return how our metric differs from theirs: a perplexity by a share of it."""
+    return ours / theirs - 1 if is_perplexity(metric) else ours - theirs
+
+
+def change_in_words(metric: str, change: float, *ends: float) -> str:
+    """Return a change with its sign, unit and interval: `+20.0 % [+10.0, +30.0]`, `-0.3 points`.
+
+    A perplexity changes by a percentage, however large, and an accuracy by points. Any other
+    metric changes by a number in its own unit.
+    """
+    if not is_perplexity(metric) and not is_share(metric):
+        return signed(change, max(0, 1 + decimals_of(change)) if change else 1)
+    number, *bounds = changes(change, *ends)
+    return f"{number} {change_unit(metric)}" + (f" [{', '.join(bounds)}]" if bounds else "")
+
+
+def change_unit(metric: str) -> str:
+    return "%" if is_perplexity(metric) else "points"
 
 
 def text_metric(measure: str, text: str, quick: bool) -> str:

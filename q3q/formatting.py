@@ -90,21 +90,38 @@ def signed(value: float, decimals: int = 1) -> str:
 
 
 def bytes_in_words(count: float) -> str:
-    """Return `512 B`, `1.5 KB`, `203 MB`."""
-    for unit in ("B", "KB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
+    """Return `512 B`, `1.50 KB`, `203 MB`."""
+    units = ["TB", "GB", "MB", "KB", "B"]
+    while count >= 999.5 and len(units) > 1:
         count /= 1000
-    return f"{count:.1f} TB"
+        units.pop()
+    return f"{fixed(count, 0) if units[-1] == 'B' else significant(count, 3)} {units[-1]}"
+
+
+def in_gb(count: float) -> str:
+    """Return bytes as one gives `memory=`: `2.5 GB`."""
+    return f"{fixed(count / 1e9, 1)} GB"
+
+
+def enough_gb(count: float) -> str:
+    """Return bytes as `in_gb` does, rounded up: a `memory=` that is enough."""
+    return in_gb(math.ceil(count / 1e8) * 1e8)
 
 
 def duration(seconds: float, tenths: bool = False) -> str:
     """Return `4 s` (with tenths `4.2 s`), `42 s`, `3 min 10 s` or `2 h 05 min`."""
     if tenths and seconds < 10:
-        return f"{seconds:.1f} s"
+        return f"{fixed(seconds, 1)} s"
     rounded = round(seconds)
     if rounded < 60:
         return f"{rounded} s"
     if rounded < 3600:
         return f"{rounded // 60} min {rounded % 60:02} s"
     return f"{rounded // 3600} h {rounded % 3600 // 60:02} min"
+
+
+def in_one_unit(seconds: float) -> str:
+    """Return a predicted duration in one unit: `42 s`, `12 min`, `2.1 h`."""
+    if seconds < 90:
+        return f"{fixed(seconds, 0)} s"
+    return f"{fixed(seconds / 60, 0)} min" if seconds < 5400 else f"{fixed(seconds / 3600, 1)} h"

@@ -6,12 +6,11 @@ mixed by a recurrence have no such cache.
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
-from typing import Any
 
+from q3q.canonical import Json
 from q3q.errors import ConfigError, IncompatibleError
 from q3q.number_formats import FLOATS, FORMATS, GLOBAL_SCALE_BITS, INT, SCALE_BITS, short_name
 
-Json = dict[str, Any]
 KV_BITS = (2, 3, 4, 8)
 UNTOUCHED_KV_BITS = 16  # the cache stays in 16 bits, even if a published checkpoint rounds it
 # What shares a scale: each head of a token; of keys, each channel of neighbouring tokens; a layer.

@@ -17,7 +17,8 @@ from q3q.models.decoder import Decoder
 from q3q.numerics.weights import StoredWeight
 from q3q.placement import Trial
 from q3q.quantize.block_store import BlockStore
-from q3q.quantize.budget.stage import SENSING, allotted
+from q3q.quantize.budget.sensitivities import SENSING
+from q3q.quantize.budget.stage import allotted
 from q3q.quantize.ends import quantize_ends
 from q3q.quantize.ledger import Ledger
 from q3q.quantize.methods.build import build_method

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from q3q.errors import UNREADABLE
 from q3q.masking import masked
 from q3q.placement import Placement, Trial
 from q3q.spec import Json, TrialSpec
@@ -17,9 +18,8 @@ from q3q.storage.files import SEAL, read_file, sealed, unsealed, write_atomicall
 from q3q.storage.names import file_name
 
 COMPLETED, FAILED = "COMPLETED", "FAILED"
-UNQUANTIZED = (
-    "unquantized"  # a note: metrics of the unquantized model, each [value] or [value, low, high]
-)
+UNQUANTIZED = "unquantized"  # a note: that model's metrics, each [value] or [value, low, high]
+ALLOTMENT = "allotment"  # a note, and beside the blocks that were made with it
 # A note: numbers that a token leaves in the cache, of them in a head, how they are stored unless in
 # 16 bits, and the context, if given.
 CACHE = "cache"
@@ -337,7 +337,7 @@ class Sweep:
             self.load(path)
         except FileNotFoundError:
             pass
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except UNREADABLE as error:
             put_aside(path, f"cannot be read ({error})")
         write_atomically(path, sealed(self.to_json()))
 
@@ -362,7 +362,7 @@ def finished_baseline(trial: Trial) -> TrialRecord | None:
         return None
     try:
         record = TrialRecord.load(trial.placement.trials / baseline / "record.json")
-    except (OSError, ValueError, KeyError, TypeError):
+    except UNREADABLE:
         return None
     return record if record.completed and record.spec.id == baseline else None
 

@@ -2,8 +2,9 @@
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, Literal
+from typing import Literal
 
+from q3q.canonical import Json
 from q3q.errors import ConfigError, IncompatibleError
 from q3q.number_formats import (
     ACT_FORMATS,
@@ -15,7 +16,6 @@ from q3q.number_formats import (
     short_name,
 )
 
-Json = dict[str, Any]
 # Of a scheme, absent where they have their default: they are newer than the first records.
 SELDOM_OF_SCHEME = (
     *("format", "group_rows", "four_over_six", "act_format", "act_group_size", "act_scales"),

@@ -124,10 +124,10 @@ def test_the_budget_does_not_shrink_by_what_is_kept(cache, disk, tmp_path):
 def test_it_is_told(cache, disk):
     disk(5)
     assert cache.describe() == (
-        "blocks of 4 quantizations kept for later evaluations (keep=auto): 4.0 KB of at most "
-        "5.0 KB, the least recently used go first"
+        "blocks of 4 quantizations kept for later evaluations (keep=auto): 4.00 KB of at most "
+        "5.00 KB, the least recently used go first"
     )
-    assert f"stay in {cache.folder} for later evaluations: at most 5.0 KB" in cache.promise()
+    assert f"stay in {cache.folder} for later evaluations: at most 5.00 KB" in cache.promise()
 
 
 def machine(tmp_path, name, monkeypatch):

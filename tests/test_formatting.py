@@ -4,7 +4,17 @@ from decimal import ROUND_HALF_EVEN, Decimal
 
 import pytest
 
-from q3q.formatting import changes, fixed, percent, plural, printable, significant, with_spread
+from q3q.export.measured import Measured
+from q3q.formatting import (
+    bytes_in_words,
+    changes,
+    fixed,
+    percent,
+    plural,
+    printable,
+    significant,
+    with_spread,
+)
 from q3q.record import COMPLETED, TrialRecord
 from q3q.report.tables import result_tables
 from q3q.sweep.progress import headline
@@ -21,7 +31,7 @@ def test_percent_rounds_the_decimal_half_to_even() -> None:
 
 
 @pytest.mark.parametrize("scores", [(0.5075,), (0.49, 0.525), (0.5, 0.51, 0.515, 0.505), (0.125,)])
-def test_progress_and_tables_show_the_same_numbers(scores: tuple[float, ...]) -> None:
+def test_progress_tables_and_cards_show_the_same_numbers(scores: tuple[float, ...]) -> None:
     tasks = [f"task{number}" for number in range(len(scores))]
     evaluation = evaluation_of("stories", tasks=tasks)
     metrics = {f"{task}/acc": score for task, score in zip(tasks, scores, strict=True)}
@@ -34,6 +44,9 @@ def test_progress_and_tables_show_the_same_numbers(scores: tuple[float, ...]) ->
     words = " ".join(headline(record))
     assert f"stories {perplexity}," in f"{words},".replace(" accuracy", ",")
     assert f"accuracy {accuracy} %" in words
+    card = "\n".join(Measured(metrics=record.metrics).lines())
+    assert f"| perplexity, stories | {perplexity} |" in card
+    assert len(scores) > 1 or f"| accuracy of task0, % | {accuracy} |" in card
 
 
 @pytest.mark.parametrize(
@@ -74,6 +87,17 @@ def test_zero_has_no_sign_and_an_interval_has_the_decimals_of_its_value() -> Non
     assert changes(-0.00000001, -0.1, 0.1) == ("0.0", "-10.0", "+10.0")
     assert changes(12.345, 12.0, 12.7) == ("+1,234", "+1,200", "+1,270")
     assert changes(1e9) == ("+1.00e+11",)
+
+
+def test_bytes_have_three_digits_in_the_unit_that_shows_them() -> None:
+    shown = {
+        512: "512 B",
+        999.5e3: "1.00 MB",
+        6.7e6: "6.70 MB",
+        203.4e6: "203 MB",
+        25e12: "25.0 TB",
+    }
+    assert {count: bytes_in_words(count) for count in shown} == shown
 
 
 def test_one_is_singular_and_no_control_character_is_printed() -> None:

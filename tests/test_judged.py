@@ -27,8 +27,9 @@ from q3q.models.tensor_files import read_header
 from q3q.numerics.divergence import kl_divergence
 from q3q.placement import Trial
 from q3q.record import JUDGED
-from q3q.report.divergences import noise_floors
-from q3q.report.judged import NOISE, OVER_FLOOR, UNTESTED, UNTOLD, benches, findings_of
+from q3q.report.changes import UNTESTED
+from q3q.report.divergences import NOISE, noise_floors
+from q3q.report.judged import OVER_FLOOR, UNTOLD, benches, findings_of
 from q3q.spec import MEAN_ACCURACY
 from q3q.sweep.grid import unquantized
 from q3q.trial import run_trial

@@ -171,9 +171,6 @@ from q3q.numerics.weights import round_to_grid
 from q3q.quantize.method import Method
 
 class Own(Method):
-    def __init__(self, settings):
-        self.settings = settings
-
     def quantize(self, task, scheme):
         """Round."""
         shrink = 1.0  # a comment
@@ -204,15 +201,15 @@ def own(installed, tmp_path):
 
 
 CRASHES = {
-    "its own line": ("groups = into", 'groups = {}["oops"] or into', "KeyError", "'oops'", 13),
+    "its own line": ("groups = into", 'groups = {}["oops"] or into', "KeyError", "'oops'", 10),
     "a library's line": (
         "groups = into",
         "groups = task.weight_EOI.unflatten(2, (3, -7)) or into",
         "RuntimeError",
         "",
-        13,
+        10,
     ),
-    "an error of the system": ("shrink = 1.0", "shrink = open('/no')", "FileNotFoundError", "", 12),
+    "an error of the system": ("shrink = 1.0", "shrink = open('/no')", "FileNotFoundError", "", 9),
 }
 
 

@@ -15,7 +15,8 @@ import q3q.config.texts as config_texts
 from q3q.data.texts import Text
 from q3q.errors import ConfigError
 from q3q.models.facts import ModelFacts, read_facts
-from q3q.report.paper import GROUPS, METHODS, cell_of, departures
+from q3q.quantize.methods.settings import SETTINGS
+from q3q.report.paper import GROUPS, cell_of, departures
 from q3q.report.published import published
 from q3q.sweep import packing
 from q3q.sweep.costs import CostModel
@@ -60,7 +61,7 @@ def test_the_paper_study_is_the_papers_grid_and_nothing_else() -> None:
     for job in jobs(rows_of("paper")):
         source = str(OmegaConf.load(ROOT / f"conf/model/{job['model']}.yaml").source)
         model = source.partition("/")[2]
-        method, quantized = METHODS[job["method"]], job["method"] != "none"
+        method, quantized = SETTINGS[job["method"]].appearance.title, job["method"] != "none"
         bits, group = int(job.get("bits", 16)), GROUPS[int(job["group_size"])] if quantized else ""
         cells.append((model, method, bits, int(job.get("act_bits", 16)), group))
     assert len(cells) == 239

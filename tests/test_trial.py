@@ -212,13 +212,13 @@ def test_a_logit_that_is_not_finite_fails_the_trial_and_says_where(tiny_trial_of
     assert diverged.diverged == ("perplexity/stories",)
 
 
+def stop(event):
+    if event.phase == "evaluate" and event.done > 3:
+        raise KeyboardInterrupt
+
+
 def test_an_evaluation_that_was_cut_off_goes_on_in_the_middle_of_a_task(tiny_trial_of):
     trial = tiny_trial_of("method=none", "evaluation.texts=[]", "evaluation.tasks=[stories_who]")
-
-    def stop(event):
-        if event.phase == "evaluate" and event.done > 3:
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
         run_trial(trial, stop)
     told = []
@@ -237,11 +237,6 @@ def test_an_evaluation_that_was_cut_off_goes_on_in_the_middle_of_a_task(tiny_tri
 def test_an_evaluation_that_was_cut_off_goes_on_in_the_middle_of_a_text(tiny_trial_of, drift):
     wanted = ["method=rtn", "bits=6", "evaluation.window=256", f"evaluation.drift={drift}"]
     trial, told = tiny_trial_of(*wanted), []
-
-    def stop(event):
-        if event.phase == "evaluate" and event.done > 3:
-            raise KeyboardInterrupt
-
     with pytest.raises(KeyboardInterrupt):
         run_trial(trial, stop)
     resumed = run_trial(

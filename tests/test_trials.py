@@ -139,6 +139,16 @@ def test_each_trial_has_a_state_and_says_what_it_waits_for(storage):
     assert found["0123456789"][0] == "unknown"
 
 
+FOREIGN = ("", "[1", "[1]", '"a"', "null", "3", '{"spec": "x"}', "[" * 100_000)
+
+
+@pytest.mark.parametrize("name", ["spec.json", "record.json"])
+@pytest.mark.parametrize("content", FOREIGN, ids=[text[:9] for text in FOREIGN])
+def test_a_torn_or_foreign_file_of_a_trial_makes_it_unknown(storage, name, content):
+    write_atomically(storage / "trials" / "abc" / name, content.encode())
+    assert states(storage)["abc"][0] == "unknown"
+
+
 def test_while_its_sweep_runs_a_trial_is_at_work_or_waits_for_its_turn(storage):
     works, waits = begin(trial(storage, 2), blocks=1), trial(storage, 3)
     sweep(storage, works, waits)

@@ -29,6 +29,7 @@ from q3q.errors import ConfigError
 from q3q.export.destination import check_destination, default_path
 from q3q.export.formats import FORMATS, refuse_unsupported, stored_scales
 from q3q.export.serving import kv_notice, loading_notice, serving_notice
+from q3q.formatting import enough_gb
 from q3q.models.facts import ModelFacts, refuse_second_rounding
 from q3q.models.footprint import (
     AUTO,
@@ -36,7 +37,6 @@ from q3q.models.footprint import (
     MethodMemory,
     bytes_of,
     choose,
-    enough_gb,
     need,
     refuse_generation,
 )

@@ -26,6 +26,7 @@ from q3q.models.hub import (
 )
 from q3q.reporter import Steps
 from q3q.spec import TrialSpec
+from q3q.storage.files import bytes_below
 
 LINE_SECONDS = 10.0  # between two lines about one download
 LOOK_SECONDS = 1.0  # between two looks at what a download has written
@@ -197,11 +198,11 @@ def _bytes_on_hub(datasets: Sequence[DataSet], folder: Path | None) -> int:
 @contextmanager
 def _watched(folder: Path, expected: int, steps: Steps) -> Iterator[None]:
     """Report how much a folder grows while something is downloaded into it, and the end."""
-    ended, before = threading.Event(), _size(folder)
+    ended, before = threading.Event(), bytes_below(folder)
 
     def look() -> None:
         while not ended.wait(LOOK_SECONDS):
-            steps(min(max(0, _size(folder) - before), expected - 1), expected)
+            steps(min(max(0, bytes_below(folder) - before), expected - 1), expected)
 
     if not expected:
         yield
@@ -215,14 +216,3 @@ def _watched(folder: Path, expected: int, steps: Steps) -> Iterator[None]:
         ended.set()
         watcher.join()
     steps(expected, expected)
-
-
-def _size(folder: Path) -> int:
-    """Return the bytes of a folder's files; those that come and go meanwhile count or not."""
-    total = 0
-    for path in folder.rglob("*"):
-        try:
-            total += 0 if path.is_symlink() or path.is_dir() else path.stat().st_size
-        except OSError:
-            continue
-    return total

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from q3q.errors import ConfigError
+from q3q.storage.files import file_digest
 
 FILES = "files:"  # begins such entries' names
 LOCAL = "sha256:"  # begins the identity of what is known by its content
@@ -125,8 +126,7 @@ def _file_identity(path: Path) -> str:
         ConfigError: it cannot be read.
     """
     try:
-        with path.open("rb") as file:
-            return LOCAL + hashlib.file_digest(file, "sha256").hexdigest()
+        return LOCAL + file_digest(path)
     except OSError as error:
         raise ConfigError(
             f"{path}, which a task reads, cannot be read: {error.strerror}"

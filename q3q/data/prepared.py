@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
+from q3q.canonical import sha256
+from q3q.errors import UNREADABLE
 from q3q.placement import Trial
 from q3q.spec import Json, digest
 from q3q.storage.aside import put_aside, tell
@@ -129,7 +131,7 @@ def tokenizer_digest(tokenizer: Any) -> str | None:
     if backend is None:
         return None
     if tokenizer not in _backends:
-        _backends[tokenizer] = hashlib.sha256(backend.to_str().encode()).hexdigest()
+        _backends[tokenizer] = sha256(backend.to_str())
     kind = type(tokenizer)
     return digest(
         {
@@ -152,7 +154,7 @@ def kept_identity(path: Path) -> Json | None:
             beginning = file.read(8)
             header = file.read(min(int.from_bytes(beginning, "little"), MOST_HEADER))
         identity = json.loads(_metadata(beginning + header)[IDENTITY])
-    except (OSError, ValueError, KeyError, TypeError):
+    except UNREADABLE:
         return None
     return identity if isinstance(identity, dict) else None
 

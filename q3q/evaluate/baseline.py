@@ -17,7 +17,6 @@ Shapes: N windows, T tokens of one, P = T - 1 positions that predict one of its 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -26,8 +25,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from q3q.canonical import sha256
 from q3q.environment import processor
-from q3q.errors import IntegrityError
+from q3q.errors import UNREADABLE, IntegrityError
 from q3q.models.facts import DTYPE_BYTES
 from q3q.reporter import Steps, no_steps
 from q3q.spec import Json, digest
@@ -79,7 +79,7 @@ def windows_digest(windows_NT: Tensor) -> str:
 
     ids = windows_NT.to(device="cpu", dtype=torch.int64).contiguous()
     content = f"{tuple(ids.shape)}".encode() + ids.numpy().astype("<i8").tobytes()
-    return hashlib.sha256(content).hexdigest()
+    return sha256(content)
 
 
 def rounding_of(device: torch.device, dtype: torch.dtype) -> str:
@@ -212,7 +212,7 @@ def find_baseline(folder: Path, identity: BaselineIdentity) -> Baseline | None:
             dtype=body["dtype"],
             checksums=checksums,
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except UNREADABLE:
         return None
     intact = all(_content(entry / _file(row), sha) is not None for row, sha in checksums.items())
     return baseline if intact else None
@@ -301,7 +301,7 @@ def _compute(
         for row, hidden_PH in scored_windows(model, windows_NT, len(results)):
             scores_P, _ = model.log_likelihoods(hidden_PH, windows_NT[row, 1:])
             content = save({"hidden": hidden_PH.cpu().contiguous()}) if row in rows else None
-            sha = None if content is None else hashlib.sha256(content).hexdigest()
+            sha = None if content is None else sha256(content)
             claim.confirm()
             if content is not None:
                 write_atomically(partial / _file(row), content)
@@ -343,10 +343,10 @@ def _file(row: int) -> str:
     return f"window_{row:05d}.safetensors"
 
 
-def _content(path: Path, sha256: str) -> bytes | None:
+def _content(path: Path, checksum: str) -> bytes | None:
     """Return a file's bytes if they have this checksum, else None."""
     try:
         content = read_file(path)
     except OSError:
         return None
-    return content if hashlib.sha256(content).hexdigest() == sha256 else None
+    return content if sha256(content) == checksum else None

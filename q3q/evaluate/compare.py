@@ -21,6 +21,7 @@ import numpy
 from numpy.typing import NDArray
 
 from q3q.errors import IntegrityError
+from q3q.evaluate.power import LEVEL
 from q3q.record import Comparison
 
 Scores = Mapping[str, float]
@@ -29,7 +30,6 @@ Floats = NDArray[numpy.float64]
 BOOTSTRAP = "paired studentized bootstrap"  # how the test's name starts
 RESAMPLES = 10_000  # of the bootstrap; the seed moves an interval's ends by about 1 % of its width
 QUANTILE_RESAMPLES = 1000  # fewer, as each goes through all values
-LEVEL = 0.05  # significance level of "distinguishable"
 EXACT_BELOW = 25  # discordant pairs; from here on McNemar's chi-squared approximation holds
 FEWEST_PAIRS = 6  # of fewer, all have one sign by chance more often than LEVEL: 2 * 2**-5 > 0.05
 NORMAL_95 = 1.959964  # 97.5 % quantile of the normal distribution

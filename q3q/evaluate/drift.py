@@ -19,14 +19,13 @@ from q3q.errors import IntegrityError
 from q3q.evaluate.baseline import Baseline
 from q3q.evaluate.compare import NORMAL_95, quantile_interval
 from q3q.evaluate.journal import Journal
-from q3q.evaluate.perplexity import Perplexity, of_losses, scored_windows
+from q3q.evaluate.perplexity import scored_windows
+from q3q.evaluation import CONFIDENCE
 from q3q.models.decoder import Decoder
 from q3q.numerics.divergence import kl_divergence
 from q3q.reporter import Steps, no_steps
 
 PERCENTILES = (1, 10, 25, 50, 75, 90, 99.9)  # over positions, beside the 99th
-# Bins of the original's confidence, the probability of its likeliest token, in percent.
-CONFIDENCE = ((0, 50), (50, 90), (90, 99), (99, 100))
 
 
 @dataclass(frozen=True)
@@ -115,7 +114,6 @@ class PerplexityAndDrift:
     kl: mean KL of each window that the baseline keeps, by the window's number.
     """
 
-    perplexity: Perplexity
     nll_N: Tensor
     drift: Drift
     kl: Mapping[int, float]
@@ -187,7 +185,7 @@ def perplexity_and_drift(
         by_confidence=_bins(kl_KP, [results[row] for row in sorted(kept)]) if confident else (),
     )
     by_window = dict(zip(sorted(kept), kl_KP.mean(1).tolist(), strict=True))
-    return PerplexityAndDrift(of_losses(nll_N), nll_N, drift, by_window)
+    return PerplexityAndDrift(nll_N, drift, by_window)
 
 
 def compare_positions(

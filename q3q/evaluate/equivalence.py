@@ -6,7 +6,8 @@ of its own, for which the reader says how much is small.
 
 import math
 
-from q3q.evaluate.compare import LEVEL, NORMAL_95
+from q3q.evaluate.compare import NORMAL_95
+from q3q.evaluate.power import LEVEL
 from q3q.record import Comparison
 
 

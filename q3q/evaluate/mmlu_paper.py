@@ -5,7 +5,6 @@ to "D" with the largest logit (lm-eval's tokens begin with a space), and example
 a prompt has at most 2,048 tokens.
 """
 
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -13,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from q3q.canonical import sha256
 from q3q.data.questions import Library
 from q3q.evaluate.batches import Choose, Part
 from q3q.evaluate.catalogue import STUDY_MMLU, TASKS
@@ -217,4 +217,4 @@ def _sample(question: Question, log_likelihoods: list[float]) -> Json:
 
 
 def _hash(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    return sha256(json.dumps(content))

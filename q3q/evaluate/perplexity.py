@@ -44,9 +44,12 @@ class Perplexity:
         return exp_or_infinity(self.nll - spread), exp_or_infinity(self.nll + spread)
 
 
-def perplexity(model: Decoder, windows_NT: Tensor, steps: Steps = no_steps) -> Perplexity:
-    """Compute the perplexity over windows of token ids [N, T]."""
-    return of_losses(window_losses(model, windows_NT, steps))
+def perplexity(model: Decoder, windows_NT: Tensor) -> Perplexity:
+    """Compute the perplexity over windows of token ids [N, T].
+
+    Tests and benchmarks do; a trial has a journal of each window's loss as well.
+    """
+    return of_losses(window_losses(model, windows_NT))
 
 
 def of_losses(loss_N: Tensor) -> Perplexity:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from statistics import NormalDist
 
-LEVEL = 0.05  # as in `compare`, which takes numpy with it: a plan needs none
+LEVEL = 0.05  # significance level of "distinguishable"
 POWER = 0.8  # the chance of finding a difference that is there
 # Assumed before anything is measured: the share of questions that only one of two trials answers
 # right. Quantizing the demo model flips 2 to 5 % of its answers at 4 bits, 6 to 12 % at 3 bits and

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy
 from numpy.typing import NDArray
 
-from q3q.evaluate.compare import LEVEL
+from q3q.evaluate.power import LEVEL
 from q3q.record import Comparison
 
 Floats = NDArray[numpy.float64]

@@ -4,7 +4,6 @@ The file carries a checksum of its own, and its record has the file's digest, wh
 from another trial's.
 """
 
-import hashlib
 import io
 import math
 from collections.abc import Mapping, Sequence
@@ -12,6 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from q3q.canonical import sha256
 from q3q.errors import IntegrityError
 from q3q.evaluate.metrics import exp_or_infinity, task_metric
 from q3q.record import Comparison
@@ -89,7 +89,7 @@ def write_samples(path: Path, rows: Sequence[Json]) -> str:
         writer.add_key_value_metadata({"seal": (SEAL + NO_SEAL).decode()})
     content = _sealed(buffer.getvalue())
     write_atomically(path, content)
-    return hashlib.sha256(content).hexdigest()
+    return sha256(content)
 
 
 def read_samples(
@@ -146,7 +146,7 @@ def _content(path: Path, digest: str | None) -> bytes:
         content = read_file(path)
     except OSError as error:
         raise _unreadable(path, error) from error
-    if digest is not None and hashlib.sha256(content).hexdigest() != digest:
+    if digest is not None and sha256(content) != digest:
         raise IntegrityError(
             f"{path} cannot be read: it is damaged or another trial's, by its checksum in the "
             "trial's record"
@@ -162,7 +162,7 @@ def _sealed(content: bytes) -> bytes:
     if not mark:
         return content  # an older version's
     after = after[len(NO_SEAL) :]
-    digest = hashlib.sha256(before + mark + NO_SEAL + after).hexdigest()
+    digest = sha256(before + mark + NO_SEAL + after)
     return before + mark + digest.encode() + after
 
 

@@ -18,11 +18,12 @@ from q3q.errors import ExportError
 from q3q.export.formats import FORMATS
 from q3q.export.marker import marker_of, owner_of, size_fault
 from q3q.export.tensors import expected_bytes
+from q3q.formatting import bytes_in_words
 from q3q.models.checkpoint import EXPORT_MARKER
 from q3q.models.facts import ModelFacts
 from q3q.placement import Trial
 from q3q.spec import Json, TrialSpec
-from q3q.storage.files import write_atomically
+from q3q.storage.files import bytes_below, write_atomically
 
 SPARE_SHARE = 0.02  # of the checkpoint's bytes, for headers, tokenizer and the file being written
 SPARE_BYTES = 64 << 20
@@ -147,8 +148,8 @@ def check_destination(trial: Trial, facts: ModelFacts) -> None:
     needed, free = _needed_bytes(trial, facts), shutil.disk_usage(parent).free
     if free < needed:
         raise ExportError(
-            f"export.path={path}: the checkpoint needs {needed / 1e9:.1f} GB and {parent} has "
-            f"{free / 1e9:.1f} GB free"
+            f"export.path={path}: the checkpoint needs {bytes_in_words(needed)} and {parent} has "
+            f"{bytes_in_words(free)} free"
         )
 
 
@@ -168,8 +169,8 @@ def check_room(trials: Iterable[tuple[Trial, ModelFacts]]) -> None:
         free = shutil.disk_usage(parent).free
         if free < needed:
             raise ExportError(
-                f"the sweep's {len(exports)} exports need {needed / 1e9:.1f} GB together and "
-                f"{parent} has {free / 1e9:.1f} GB free; export fewer of them, or somewhere else"
+                f"the sweep's {len(exports)} exports need {bytes_in_words(needed)} together and "
+                f"{parent} has {bytes_in_words(free)} free; export fewer of them, or somewhere else"
             )
 
 
@@ -181,7 +182,7 @@ def _parent(path: Path) -> Path:
 def _needed_bytes(trial: Trial, facts: ModelFacts) -> int:
     """Return the bytes that are still to be written, with some to spare."""
     partial = partial_path(path_of(trial))
-    written = sum(file.stat().st_size for file in partial.rglob("*") if file.is_file())
+    written = bytes_below(partial)
     needed = expected_bytes(trial.spec, facts) + facts.carried_bytes
     if trial.spec.export is not None and FORMATS[trial.spec.export].own_server:
         needed *= 2  # its one file is made of shards, which are removed after that

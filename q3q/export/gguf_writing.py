@@ -24,7 +24,7 @@ from q3q.models.gguf_file import (
     gguf_names,
 )
 from q3q.models.rope import frequencies
-from q3q.models.tensor_files import StoredTensor
+from q3q.models.tensor_files import ITEM_BYTES, StoredTensor
 
 _EXPERT = re.compile(r"(.*\.mlp\.experts\.)\d+\.(.*)")
 # llama.cpp's own words for files, by the type of most weights.
@@ -38,7 +38,6 @@ _FILE_TYPES = {
     "q4_1": LlamaFileType.MOSTLY_Q4_1,
     "q4_0": LlamaFileType.MOSTLY_Q4_0,
 }
-_ITEM_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ class GgufContent:
     def byte_shape(self) -> tuple[int, ...]:
         """Its shape where the last axis counts bytes."""
         *rows, last = self.parts[0].shape
-        shape = (*rows, last * _ITEM_BYTES.get(self.type, 1))
+        shape = (*rows, last * ITEM_BYTES.get(self.type, 1))
         return shape if len(self.parts) == 1 else (len(self.parts), *shape)
 
     def read(self) -> Tensor:

@@ -4,7 +4,6 @@ The card (README.md) is not among the files: people edit it. Exports of earlier 
 files; that is reported, not guessed. Imports no torch.
 """
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from typing import Any
 from q3q.models.checkpoint import EXPORT_MARKER
 from q3q.models.facts import EXPORT_KEY
 from q3q.spec import Json
-from q3q.storage.files import write_atomically
+from q3q.storage.files import file_digest, write_atomically
 
 CARD = "README.md"
 FILES = "files"  # the marker's table of files; an unfinished export has none
@@ -74,7 +73,7 @@ def write_marker(folder: Path, marker: Json, digests: Mapping[str, str]) -> None
     files = {
         name: {
             "bytes": (folder / name).stat().st_size,
-            "sha256": digests.get(name) or _sha256(folder / name),
+            "sha256": digests.get(name) or file_digest(folder / name),
         }
         for name in names
         if not name.startswith(".")
@@ -110,7 +109,7 @@ def digest_faults(folder: Path) -> Iterator[str]:
             yield f"{name} {'is not a file' if path.exists() else 'is missing'}"
         elif (size := path.stat().st_size) != expected.size:
             yield f"{name} has {size} bytes instead of {expected.size}"
-        elif _sha256(path) != expected.sha256:
+        elif file_digest(path) != expected.sha256:
             yield f"{name} has another content than was published (its SHA-256 differs)"
 
 
@@ -119,11 +118,6 @@ def disk_bytes(folder: Path) -> int:
     sizes = {name: file.size for name, file in (published_files(folder) or {}).items()}
     sizes |= {path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}
     return sum(sizes.values())
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _table(path: Path) -> dict[str, Any] | None:

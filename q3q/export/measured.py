@@ -5,14 +5,14 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from q3q.evaluation import change_in_words, change_of, is_share, value_in_words
 from q3q.export.marker import CARD
-from q3q.formatting import bytes_in_words
+from q3q.formatting import bytes_in_words, signed
 from q3q.storage.files import write_atomically
 
 # The part's bounds in a card. It is written again when the unquantized model has been measured.
 BEGIN, END = "<!-- q3q: measured -->", "<!-- q3q: end of measured -->"
 PERPLEXITIES = ("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte")
-ACCURACIES = ("/acc", "/acc_norm")
 # Of a trial's costs, and of the distribution of a divergence whose mean is listed.
 UNLISTED = re.compile(r"(seconds|peak_bytes|gpu_peak_bytes|kl_p[\d.]+|top1_agreement)(_quick)?/")
 UNMEASURED = (
@@ -44,7 +44,7 @@ class Measured:
         listed = sorted((name for name in names if not UNLISTED.match(name)), key=_rank)
         rows = [self._row(name) for name in listed]
         if self.weights is not None and self.original:
-            share = f"{100 * (self.weights / self.original - 1):+.0f} %"
+            share = f"{signed(100 * (self.weights / self.original - 1), 0)} %"
             sizes = (bytes_in_words(self.weights), bytes_in_words(self.original), share)
             rows.append(f"| weights on disk | {' | '.join(sizes)} |")
         return [
@@ -59,14 +59,16 @@ class Measured:
 
     def _row(self, name: str) -> str:
         ours, theirs = self.metrics.get(name), self.unquantized.get(name)
-        shown = "diverged: not a finite number" if ours is None else _shown(name, ours)
+        shown = "diverged: not a finite number" if ours is None else value_in_words(ours, name)
         if ours is not None and name in self.intervals:
-            low, high = (_shown(name, end) for end in self.intervals[name])
+            low, high = (value_in_words(end, name) for end in self.intervals[name])
             shown += f" ({low} to {high})"
         if name.startswith("kl"):
             return f"| {_label(name)} | {shown} | 0 by definition | |"
-        other = "" if theirs is None else _shown(name, theirs)
-        change = "" if ours is None or theirs is None else _change(name, ours, theirs)
+        other = "" if theirs is None else value_in_words(theirs, name)
+        change = ""
+        if ours is not None and theirs is not None:
+            change = change_in_words(name, change_of(name, ours, theirs))
         return f"| {_label(name)} | {shown} | {other} | {change} |"
 
 
@@ -95,7 +97,7 @@ def _rank(name: str) -> tuple[int, str]:
     kind = name.partition("/")[0].removesuffix("_quick")
     if kind in PERPLEXITIES:
         return 0, name
-    if name.endswith(ACCURACIES):
+    if is_share(name):
         return 1, name
     return (3 if kind.startswith("kl") else 2), name
 
@@ -110,19 +112,7 @@ def _label(name: str) -> str:
     if measure.startswith("kl"):
         part = "" if measure == "kl" else " (99 % of the tokens are below)"
         return f"KL divergence from the unquantized model, {text}, nats per token{part}{quick}"
-    if name.endswith(ACCURACIES):
+    if is_share(name):
         task, _, accuracy = name.rpartition("/")
         return f"{'accuracy' if accuracy == 'acc' else accuracy} of {task}, %"
     return name
-
-
-def _shown(name: str, value: float) -> str:
-    return f"{100 * value:.1f}" if name.endswith(ACCURACIES) else f"{value:.4g}"
-
-
-def _change(name: str, ours: float, theirs: float) -> str:
-    if name.endswith(ACCURACIES):
-        return f"{100 * (ours - theirs):+.1f} points"
-    if _rank(name)[0] == 0 and theirs > 0:
-        return f"{100 * (ours / theirs - 1):+.2f} %"
-    return f"{ours - theirs:+.3g}"

@@ -4,20 +4,19 @@ A shard is written whole or not at all, and its facts after it, with its checksu
 continues after the shards whose facts hold.
 """
 
-import hashlib
 import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor
 
-from q3q.errors import ExportError
-from q3q.models.tensor_files import Rows, encode_tensors
+from q3q.errors import UNREADABLE, ExportError
+from q3q.models.tensor_files import Rows, encode_tensors, read_header
 from q3q.spec import Json
-from q3q.storage.files import write_atomically
+from q3q.storage.files import FileDigests, write_atomically
 
 
 class Shards:
@@ -25,39 +24,27 @@ class Shards:
 
     def __init__(self, folder: Path, count: int) -> None:
         self.folder, self.count = folder, count
-        # Verified shards: checksum, size and time of change.
-        self._verified: dict[int, tuple[str, int, int]] = {}
+        self._digests = FileDigests()
 
     def name(self, index: int) -> str:
         return f"model-{index + 1:05d}-of-{self.count:05d}.safetensors"
 
     def write(self, index: int, tensors: Mapping[str, Tensor | Rows], facts: Json) -> None:
         """Write one shard, and then its facts."""
-        shard, digest = self.folder / self.name(index), hashlib.sha256()
-
-        def hashed() -> Iterator[bytes]:
-            for part in encode_tensors(tensors, {"format": "pt"}):
-                digest.update(part)
-                yield part
-
-        write_atomically(shard, hashed(), wait=False)  # reaches the disk while the walk goes on
+        shard, parts = self.folder / self.name(index), encode_tensors(tensors, {"format": "pt"})
+        digest = self._digests.write(shard, parts, wait=False)  # on the disk while the walk goes on
         size = sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in tensors.values())
-        facts |= {"sha256": digest.hexdigest(), "bytes": size, "names": sorted(tensors)}
+        facts |= {"sha256": digest, "bytes": size, "names": sorted(tensors)}
         write_atomically(self._facts_file(index), json.dumps(facts).encode(), wait=False)
-        self._verified[index] = digest.hexdigest(), *_state(shard)
 
     def facts(self, index: int) -> Json | None:
         """Return the facts of a shard; None if it is missing or damaged."""
-        shard = self.folder / self.name(index)
         try:
             facts: Json = json.loads(self._facts_file(index).read_text(encoding="utf-8"))
-            state = _state(shard)
-            if self._verified.get(index, ("",))[1:] != state:
-                with shard.open("rb") as file:
-                    self._verified[index] = hashlib.file_digest(file, "sha256").hexdigest(), *state
-        except (OSError, ValueError):
+            whole = self._digests.of(self.folder / self.name(index)) == facts["sha256"]
+        except UNREADABLE:
             return None
-        return facts if self._verified[index][0] == facts.get("sha256") else None
+        return facts if whole else None
 
     def all_facts(self) -> list[Json]:
         """Return the facts of all shards in order.
@@ -77,7 +64,7 @@ class Shards:
 
     def digests(self) -> dict[str, str]:
         """Return the SHA-256 of each shard that was written or verified, by its file's name."""
-        return {self.name(index): digest for index, (digest, *_) in self._verified.items()}
+        return {path.name: digest for path, (_, digest) in self._digests.known.items()}
 
     def finish(self) -> None:
         """Bring all shards to the disk, and remove the facts and what a dead process left."""
@@ -94,18 +81,5 @@ class Shards:
 
 def stored_bytes(folder: Path) -> dict[str, int]:
     """Return the bytes of each tensor in the folder's shards, by name, from their headers."""
-    sizes = {}
-    for shard in sorted(folder.glob("*.safetensors")):
-        with shard.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        for name, entry in header.items():
-            begin, end = entry["data_offsets"]
-            sizes[name] = end - begin
-    return sizes
-
-
-def _state(path: Path) -> tuple[int, int]:
-    status = path.stat()
-    return status.st_size, status.st_mtime_ns
+    headers = [read_header(shard) for shard in sorted(folder.glob("*.safetensors"))]
+    return {name: tensor.bits // 8 for header in headers for name, tensor in header.items()}

@@ -6,15 +6,11 @@ from collections.abc import Iterator
 from q3q.export.formats import FORMATS
 from q3q.export.serving import holds_cache
 from q3q.models.disk_names import disk_shapes, without_expert
-from q3q.models.facts import ModelFacts
+from q3q.models.facts import DTYPE_BYTES, ModelFacts
 from q3q.models.packed import Layout
+from q3q.models.tensor_files import ITEM_BYTES
 from q3q.spec import TrialSpec
 
-ITEM_BYTES = {
-    **{"F16": 2, "BF16": 2, "F32": 4, "I8": 1, "I32": 4, "I64": 8},
-    **{"U8": 1, "F8_E4M3": 1, "F8_E5M2": 1},
-}
-DTYPE_BYTES = {"float32": 4, "float64": 8}  # all other dtypes of models have 2
 SCALE_BYTES = 2  # float16
 FACTOR_BYTES = 4  # of an input's scales, a float32 for each linear
 KEYS = "self_attn.k_proj.weight"  # a block with these has a cache that grows with the text
@@ -77,7 +73,7 @@ def plain_linears(spec: TrialSpec, facts: ModelFacts) -> Iterator[str]:
 
 def tensor_bytes(shape: tuple[int, ...], layout: Layout | None, dtype: str) -> int:
     """Return one weight's bytes on disk, the sum over the tensors of its layout."""
-    own = DTYPE_BYTES.get(dtype, 2)
+    own = DTYPE_BYTES[dtype]
     if layout is None:
         return math.prod(shape) * own
     scale = own if layout.own_scales else SCALE_BYTES

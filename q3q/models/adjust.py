@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 
@@ -20,17 +21,12 @@ def set_route(model: Decoder, spec: TrialSpec) -> None:
     The router alone always decides which experts a block's output comes from.
     """
     if model.facts.experts:
-        model.adjust(Route(spec.calibration is not None and spec.calibration.route == "all"))
+        every_expert = spec.calibration is not None and spec.calibration.route == "all"
+        model.adjust(partial(route, every_expert))
 
 
-@dataclass(frozen=True)
-class Route:
-    """A change of every block; picklable, so that other ranks apply it too."""
-
-    every_expert: bool
-
-    def __call__(self, _: int, block: Block) -> None:
-        block.every_expert = self.every_expert
+def route(every_expert: bool, _: int, block: Block) -> None:
+    block.every_expert = every_expert
 
 
 def set_activations(

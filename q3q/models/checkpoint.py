@@ -7,7 +7,6 @@ wherever the file's header ends, on which the last bits of a matrix product depe
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
@@ -15,6 +14,7 @@ from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from q3q.canonical import sha256
 from q3q.errors import CheckpointError, first_line
 from q3q.models.completeness import check_complete, read_input_numbers, without_cache_scales
 from q3q.models.digests import DigestMemo
@@ -312,7 +312,7 @@ class Checkpoint:
         memo = DigestMemo(cache)
         lines = [f"{file.name} {memo.digest(file)}\n" for file in files if file.is_file()]
         memo.save()
-        return hashlib.sha256("".join(lines).encode()).hexdigest()
+        return sha256("".join(lines))
 
     def _fused(self, k: int) -> bool:
         return is_fused(self.facts, k, self._stored)

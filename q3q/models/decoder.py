@@ -5,6 +5,7 @@ Shapes: B windows, T tokens, H hidden, V vocabulary.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import ClassVar, Protocol
 
@@ -43,26 +44,18 @@ FEW_POSITIONS = 128
 VOCABULARY_ROWS = 16384
 
 
-# Sets something on a block, given its index and the block.
+# Sets something on a block, given its index and the block; picklable, for other ranks.
 Change = Callable[[int, Block], None]
 # Returns the weights of a changed block that differ from the checkpoint's, in the model's dtype.
 Source = Callable[[], Mapping[str, Tensor]]
 
 
-@dataclass(frozen=True)
-class RoundedCache:
-    """A change of every block; picklable, so that other ranks apply it too.
-
-    Where the checkpoint brings fixed scales of keys and values, they stay.
-    """
-
-    kv: KvRounding | None
-
-    def __call__(self, _: int, block: Block) -> None:
-        kv, own = self.kv, block.kv
-        if kv is not None and own is not None and kv.scheme.scales == own.scheme.scales == FIXED:
-            kv = replace(kv, key_scale=own.key_scale, value_scale=own.value_scale)
-        block.kv = kv
+def round_block_cache(kv: KvRounding | None, _: int, block: Block) -> None:
+    """Change a block's cache; where the checkpoint brings fixed scales, they stay."""
+    own = block.kv
+    if kv is not None and own is not None and kv.scheme.scales == own.scheme.scales == FIXED:
+        kv = replace(kv, key_scale=own.key_scale, value_scale=own.value_scale)
+    block.kv = kv
 
 
 class Blocks(Protocol):
@@ -140,7 +133,7 @@ class Decoder:
     def round_cache(self, kv: KvRounding | None) -> None:
         """Round keys and values of all blocks from here on; None: no longer."""
         self.kv = kv
-        self.adjust(RoundedCache(kv))
+        self.adjust(partial(round_block_cache, kv))
 
     def exchange(self, k: int, block: Block | None, source: Source) -> None:
         """Replace the k-th block.

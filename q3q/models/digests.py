@@ -1,11 +1,18 @@
 """A memo of the digests of model files, so that 16 GB are read once."""
 
-import hashlib
 from pathlib import Path
 
 from q3q.spec import Json
 from q3q.storage.aside import clear_for_folder, put_aside
-from q3q.storage.files import SEAL, file_state, read_file, sealed, unsealed, write_atomically
+from q3q.storage.files import (
+    SEAL,
+    file_digest,
+    file_state,
+    read_file,
+    sealed,
+    unsealed,
+    write_atomically,
+)
 
 MEMO = "digests.json"
 
@@ -50,8 +57,7 @@ class DigestMemo:
             # The digest stays where older versions had it.
             case [size, time, str(digest), *rest] if [size, time, *rest] == state:
                 return digest
-        with real.open("rb") as opened:
-            sha = hashlib.file_digest(opened, "sha256").hexdigest()
+        sha = file_digest(real)
         self._entries[str(real)] = [*state[:2], sha, *state[2:]]
         self._changed = True
         return sha

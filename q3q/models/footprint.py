@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from q3q.errors import ConfigError
+from q3q.formatting import enough_gb, in_gb
 from q3q.kv_scheme import CacheShape, KvScheme
 from q3q.models.facts import ModelFacts
 from q3q.spec import OWN_TEXT
@@ -195,20 +196,6 @@ def stored_bytes(
     columns = min(min(widths) for widths in facts.columns.values())
     groups = weights / (columns if group_size == -1 else min(group_size, columns))
     return math.ceil(STORED_MARGIN * (weights * bits / 8 + group_bytes * groups))
-
-
-def in_gb(count: float) -> str:
-    return f"{count / 1e9:.1f} GB"
-
-
-def in_bytes(count: float) -> str:
-    """Return bytes as `in_gb` does, but a little in megabytes."""
-    return in_gb(count) if count >= 1e8 else f"{count / 1e6:.0f} MB"
-
-
-def enough_gb(count: float) -> str:
-    """Return bytes as `in_gb` does, rounded up: a `memory=` that is enough."""
-    return in_gb(math.ceil(count / 1e8) * 1e8)
 
 
 def _ends_bytes(facts: ModelFacts, dtype: str) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from q3q.errors import CheckpointError, Q3QError, UnavailableModelError, first_line
+from q3q.errors import UNREADABLE, CheckpointError, Q3QError, UnavailableModelError, first_line
 from q3q.models.facts import ModelFacts, read_facts
 from q3q.models.model_json import OWN_FOLDER, read_json
 from q3q.models.published.modelopt import FILE as MODELOPT_FILE
@@ -253,7 +253,7 @@ def _is_whole(folder: Path) -> bool:
         shards = {*json.loads(index.read_bytes())["weight_map"].values()}
     except FileNotFoundError:
         shards = {path.name for path in folder.glob("*.safetensors")}
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+    except UNREADABLE:
         return False
     tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json"))
     return bool(shards) and tokenizer and all((folder / name).is_file() for name in shards)

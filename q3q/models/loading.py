@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from q3q.errors import ConfigError, IntegrityError
+from q3q.formatting import in_gb
 from q3q.limits import free_memory
 from q3q.models.cards import refuse_card
 from q3q.models.checkpoint import Checkpoint
@@ -19,7 +20,6 @@ from q3q.models.footprint import (
     MethodMemory,
     ahead_bytes,
     choose,
-    in_gb,
     need,
     refuse_generation,
 )

@@ -33,10 +33,10 @@ from q3q.models.checkpoint import Checkpoint
 from q3q.models.decoder import (
     Change,
     Decoder,
-    RoundedCache,
     Source,
     build_block,
     convert_weight,
+    round_block_cache,
 )
 from q3q.models.facts import ModelFacts
 from q3q.models.kv_cache import KvRounding
@@ -241,7 +241,7 @@ class ShardedDecoder(Decoder):
     def round_cache(self, kv: KvRounding | None) -> None:
         """See `Decoder`; every rank plans the trees that it runs by `kv`."""
         self.kv = kv
-        self._changes.append(RoundedCache(kv))
+        self._changes.append(partial(round_block_cache, kv))
 
     @in_step
     def adjust_blocks(self, change: Change) -> None:

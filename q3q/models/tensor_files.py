@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 Shape = tuple[int, ...]
 
 # Bytes of one element, by safetensors' name of its type.
-_ITEM_BYTES = {
+ITEM_BYTES = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0"), 1),
     **dict.fromkeys(("U16", "I16", "F16", "BF16"), 2),
     **dict.fromkeys(("U32", "I32", "F32"), 4),
@@ -69,7 +69,7 @@ class StoredTensor:
 
     @property
     def bits(self) -> int:
-        return 8 * math.prod(self.shape) * _ITEM_BYTES[self.dtype]
+        return 8 * math.prod(self.shape) * ITEM_BYTES[self.dtype]
 
     @property
     def dtype_name(self) -> str:
@@ -100,7 +100,7 @@ class StoredTensor:
         Raises:
             CheckpointError: the file cannot be read, or ends too early.
         """
-        size = _ITEM_BYTES[self.dtype]
+        size = ITEM_BYTES[self.dtype]
         with readable(self.shard), self.shard.open("rb") as file:
             file.seek(self.start)
             content = file.read(size)
@@ -248,7 +248,7 @@ def same_bytes(one: StoredTensor, other: StoredTensor) -> bool:
     Raises:
         CheckpointError: a file cannot be read.
     """
-    left = math.prod(one.shape) * _ITEM_BYTES[one.dtype]
+    left = math.prod(one.shape) * ITEM_BYTES[one.dtype]
     try:
         with one.shard.open("rb") as first, other.shard.open("rb") as second:
             first.seek(one.start)
@@ -300,9 +300,9 @@ def read_header(shard: Path) -> dict[str, StoredTensor]:
                 "shape": [*shape],
                 "data_offsets": [int(begin), int(end)],
             } if (
-                dtype in _ITEM_BYTES
+                dtype in ITEM_BYTES
                 and all(type(n) is int and n >= 0 for n in shape)
-                and end - begin == math.prod(shape) * _ITEM_BYTES[dtype]
+                and end - begin == math.prod(shape) * ITEM_BYTES[dtype]
             ):
                 stored[name] = StoredTensor(shard, dtype, tuple(shape), 8 + length + begin)
                 spans.append((begin, end))

@@ -51,13 +51,6 @@ class Activations:
     pinned: int = 0
     team: Team = SOLO
 
-    @classmethod
-    def of_all(cls, hidden: Spool, room: int | None = None) -> "Activations":
-        """Return the activations of one process, which has all batches in order."""
-        counts = [len(x_BTH) for x_BTH in hidden]
-        length = hidden[0].shape[1] if counts else 0
-        return cls(hidden, [sum(counts[:b]) for b in range(len(counts))], sum(counts), length, room)
-
     def number_windows(self, inputs: SiteInput, b: int, windows: int) -> SiteInput:
         """Return batch b's input at a site with the windows that it belongs to."""
         return replace(

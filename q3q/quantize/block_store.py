@@ -1,8 +1,7 @@
 """Quantized blocks on disk, from which a killed trial resumes."""
 
-import hashlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -18,8 +17,7 @@ from q3q.spec import Json
 from q3q.storage.aside import clear_for_file, clear_for_folder, put_aside
 from q3q.storage.claim import ClaimLostError
 from q3q.storage.files import (
-    FileState,
-    file_state,
+    FileDigests,
     flush_folder,
     make_folder,
     read_file,
@@ -59,8 +57,7 @@ class BlockStore:
         self.folder, self.finished, self.identity = folder, finished, identity
         self._stored: set[int] = set()
         self._loaded: set[int] = set()
-        # By file: its state, and its checksum when it had that state.
-        self._checksums: dict[Path, tuple[FileState, str]] = {}
+        self._digests = FileDigests()
         self._behind = Behind(self._write)
 
     @property
@@ -116,19 +113,10 @@ class BlockStore:
         """Write a block's two files: the thread's work."""
         block.wait()
         self._check_claim()
-        digest = hashlib.sha256()
-
-        def hashed() -> Iterator[bytes]:
-            for part in encode_tensors(block.tensors):
-                digest.update(part)
-                yield part
-
         path = _tensor_file(self.folder, block.index)
-        write_atomically(path, hashed())
-        owner, checksum = self._owner(f"block {block.index}"), digest.hexdigest()
-        facts = {OWNER: owner, "tensors": checksum, **block.facts}
+        digest = self._digests.write(path, encode_tensors(block.tensors))
+        facts = {OWNER: self._owner(f"block {block.index}"), "tensors": digest, **block.facts}
         write_atomically(_facts_file(self.folder, block.index), sealed(facts))
-        self._checksums[path] = (file_state(path), checksum)
 
     def load(self, index: int, device: torch.device | str = "cpu") -> QuantizedBlock | None:
         """Return a stored block on a device; None if it is missing or damaged."""
@@ -200,15 +188,10 @@ class BlockStore:
             return None
         clear_for_file(path)
         try:
-            state = file_state(path)
-            checked_state, checksum = self._checksums.get(path, (None, ""))
-            if checked_state != state:
-                with path.open("rb") as file:
-                    checksum = hashlib.file_digest(file, "sha256").hexdigest()
-                self._checksums[path] = (state, checksum)
+            digest = self._digests.of(path)
         except OSError:  # missing, or it cannot be read
             return None
-        if checksum != facts.get("tensors"):
+        if digest != facts.get("tensors"):
             put_aside(path, "is damaged or another trial's, by its checksum")
             return None
         return facts

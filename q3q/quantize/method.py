@@ -18,6 +18,7 @@ from q3q.models.anatomy import ScaleGroup
 from q3q.models.spool import Spool
 from q3q.numerics.levels import FloatLevels, Levels, levels_of
 from q3q.numerics.weights import StoredWeight
+from q3q.quantize.methods.settings import MethodSettings
 from q3q.quantize.statistics import Statistics, starved_experts
 from q3q.spec import Scheme
 
@@ -128,16 +129,23 @@ def plain_levels(scheme: Scheme) -> Levels:
 class Method(ABC):
     """One post-training quantization method.
 
-    sequential: each site sees the inputs that the block's already quantized sites produce, in one
-        forward pass; otherwise all sites are observed with the block's original weights first
+    settings: its knobs, and what the plan knows of it as well
     passes_on_quantized: the next block is calibrated on the quantized block's outputs; otherwise on
         the original block's
     search_windows: calibration windows that variants are tried on
     """
 
-    sequential: ClassVar[bool] = False
+    settings: MethodSettings
     passes_on_quantized: ClassVar[bool] = True
     search_windows: int = 8
+
+    def __init__(self, settings: MethodSettings) -> None:
+        self.settings = settings
+
+    @property
+    def sequential(self) -> bool:
+        """True if each site is quantized before the next one is observed."""
+        return self.settings.sequential
 
     def variants(self) -> dict[str, "Method"]:
         """Return the method's variants by name; `quantize.search` picks one of them.
@@ -160,12 +168,8 @@ class Method(ABC):
 
     @property
     def chunks_experts(self) -> bool:
-        """True if a site's experts may be observed and quantized some at a time.
-
-        A method that rebalances says so itself. It finds a scale that all experts share with the
-        first chunk's statistics of the experts, and an expert's own with those of its chunk.
-        """
-        return not self.rebalances
+        """True if a site's experts may be observed and quantized some at a time."""
+        return self.settings.takes_chunks()
 
     def row_step(self, device: torch.device) -> int | None:
         """Return the step in which the ranks of a gang may divide a dense site's rows.

@@ -46,7 +46,10 @@ def quantize_model(
     sink: BlockSink,
     steps: Steps = no_steps,
 ) -> list[QuantizedBlock]:
-    """Return all of `quantized_blocks`; steps receives the blocks done and in all."""
+    """Return all of `quantized_blocks`; steps receives the blocks done and in all.
+
+    Tests and benchmarks do; a trial exports and drops each block as it comes.
+    """
     blocks = []
     for block in quantized_blocks(model, method, scheme, windows_BT, sink):
         blocks.append(block.on_cpu())

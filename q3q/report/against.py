@@ -17,9 +17,10 @@ from pathlib import Path
 
 from q3q.config.known import type_of
 from q3q.errors import ReportError
+from q3q.evaluation import is_share
 from q3q.formatting import plural, signed
 from q3q.record import TrialRecord
-from q3q.report.measures import DIVERGED, cell, in_order, is_share, shown
+from q3q.report.measures import DIVERGED, cell, in_order, shown
 from q3q.report.paper import (
     ACCURACY_TOLERANCE,
     CLOSE,

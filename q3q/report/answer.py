@@ -10,21 +10,14 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from q3q.evaluate.metrics import held_out, reads_calibrated_kind, reads_text
+from q3q.evaluation import change_unit, is_perplexity
 from q3q.formatting import plural
 from q3q.record import TrialRecord
 from q3q.report.budgets import Choice, Memory, best_of, budgets, smallest
 from q3q.report.certainty import Certainty
 from q3q.report.changes import SAME, UNTESTED, Change
 from q3q.report.families import Families, families
-from q3q.report.measures import (
-    ABSENT,
-    DIVERGED,
-    FAILED,
-    is_perplexity,
-    judged_metrics,
-    short,
-    text_metrics,
-)
+from q3q.report.measures import ABSENT, DIVERGED, FAILED, judged_metrics, short, text_metrics
 from q3q.report.pools import Pool, comparable, pools
 from q3q.report.tables import MARK, MARKED, Table, other_versions
 
@@ -154,7 +147,7 @@ class Answer:
 
     @property
     def margin_in_words(self) -> str:
-        unit = "%" if is_perplexity(self.metrics[0]) else "points"
+        unit = change_unit(self.metrics[0])
         return f"{self.margin:g} {unit} of the unquantized model"
 
     def at(self, bits: int) -> list[Pool]:

@@ -9,11 +9,12 @@ and its record notes them. Both stand in tables, plots and the answer like a tri
 from collections.abc import Sequence
 from dataclasses import replace
 
+from q3q.errors import UNREADABLE
 from q3q.evaluate.identities import conditions_of
 from q3q.placement import Trial
 from q3q.record import COMPLETED, UNQUANTIZED, TrialRecord, finished_baseline
 from q3q.report.measures import is_reference
-from q3q.report.records import UNREADABLE, check_record
+from q3q.report.records import check_record
 from q3q.spec import MethodRef
 
 

@@ -5,11 +5,11 @@ a whole. Numbers are set against each other only if they were measured alike: on
 of the same text, or the same questions asked in the same way.
 """
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from q3q.canonical import sha256
 from q3q.formatting import plural, printable
 from q3q.record import TrialRecord
 from q3q.report.changes import Change, change_between
@@ -151,9 +151,7 @@ def _in_words(value: object) -> str:
 def _listed(values: Iterable[str]) -> str:
     """List values, the first of them; long ones are cut, and what was cut has a digest."""
     words = [
-        value
-        if len(value) <= LONGEST
-        else f"{value[: LONGEST - 1]}… ({hashlib.sha256(value.encode()).hexdigest()[:6]})"
+        value if len(value) <= LONGEST else f"{value[: LONGEST - 1]}… ({sha256(value)[:6]})"
         for value in values
     ]
     more = f" and {len(words) - MOST} more" if len(words) > MOST else ""

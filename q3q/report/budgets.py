@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from q3q.config.command import export_command
-from q3q.formatting import plural
+from q3q.formatting import bytes_in_words, plural
 from q3q.kv_scheme import CacheShape
 from q3q.record import TrialRecord
 from q3q.report.changes import UNTESTED, Change
@@ -13,7 +13,7 @@ from q3q.report.checkpoints import exported, folder_of
 from q3q.report.families import Families
 from q3q.report.measures import is_better
 from q3q.report.pools import Pool
-from q3q.report.sizes import Size, bytes_of, cache_scheme_of, cache_shape_of, megabytes
+from q3q.report.sizes import Size, bytes_of, cache_scheme_of, cache_shape_of
 from q3q.report.tables import Table
 
 ALIKE = 1.03  # sizes that differ by less share a budget
@@ -181,7 +181,7 @@ def budget_table(
     columns = (size, "best choice", f"change of {measure}", "cannot be told apart from it")
     rows = tuple(
         (
-            megabytes(choice.budget),
+            bytes_in_words(choice.budget),
             choice.best.name + (" (recommended)" if choice.best is chosen else ""),
             choice.loses,
             choice.ties,

@@ -8,11 +8,16 @@ from operator import add
 from typing import TYPE_CHECKING
 
 from q3q.evaluate.correction import holm
-from q3q.evaluate.power import effective_discordance, effective_questions, smallest_difference
+from q3q.evaluate.power import (
+    LEVEL,
+    effective_discordance,
+    effective_questions,
+    smallest_difference,
+)
+from q3q.evaluation import change_unit, is_accuracy, is_perplexity
 from q3q.formatting import percent, plural
-from q3q.report.changes import LEVEL
 from q3q.report.families import Families, probability
-from q3q.report.measures import ABSENT, is_accuracy, is_perplexity
+from q3q.report.measures import ABSENT
 from q3q.report.pairs import flips_of_tasks
 from q3q.report.pools import Pool
 from q3q.report.tables import Table
@@ -166,7 +171,7 @@ class Certainty:
     def _margin_table(self, name: str, metric: str) -> Table:
         p_values = self._equivalence.get(metric, {})
         adjusted = holm(p_values)
-        unit = "%" if is_perplexity(metric) else "points"
+        unit = change_unit(metric)
         words = in_words(metric)
         rows = tuple(
             (

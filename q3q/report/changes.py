@@ -8,16 +8,16 @@ import math
 from dataclasses import dataclass
 
 from q3q.evaluate.metrics import mean_metrics
-from q3q.formatting import changes, decimals_of, signed
+from q3q.evaluate.power import LEVEL
+from q3q.evaluation import change_in_words, change_of, is_accuracy, is_perplexity, is_share
 from q3q.record import Comparison, TrialRecord
-from q3q.report.measures import interval, is_accuracy, is_better, is_perplexity, is_share
+from q3q.report.measures import interval, is_better
 from q3q.report.pairs import difference, p_by_seeds, stratified
 from q3q.report.pools import Pool
 from q3q.spec import MEAN_ACCURACY
 
 SAME = "no significant difference"
 UNTESTED = "not tested"
-LEVEL = 0.05  # as in `evaluate.compare`, which takes numpy with it
 
 
 @dataclass(frozen=True)
@@ -41,17 +41,9 @@ class Change:
 
     @property
     def amount(self) -> str:
-        """The change with its sign, unit and interval: `+20.0 % [+10.0, +30.0]`, `-0.3 points`.
-
-        A perplexity changes by a percentage, however large, and an accuracy by points. Any other
-        metric changes by a number in its own unit.
-        """
-        if not is_perplexity(self.metric) and not is_share(self.metric):
-            return signed(self.value, max(0, 1 + decimals_of(self.value)) if self.value else 1)
+        """The change with its sign, unit and interval: `+20.0 % [+10.0, +30.0]`."""
         ends = [] if self.low is None or self.high is None else [self.low, self.high]
-        number, *bounds = changes(self.value, *ends)
-        unit = "%" if is_perplexity(self.metric) else "points"
-        return f"{number} {unit}" + (f" [{', '.join(bounds)}]" if bounds else "")
+        return change_in_words(self.metric, self.value, *ends)
 
     @property
     def direction(self) -> str:
@@ -172,7 +164,7 @@ def _change(
     theirs = None if reference is None else reference.cell(metric)
     if not isinstance(theirs, float):
         return None
-    return Change(metric, ours / theirs - 1 if is_perplexity(metric) else ours - theirs)
+    return Change(metric, change_of(metric, ours, theirs))
 
 
 def _intervals(pool: Pool, reference: Pool | None, metric: str) -> list[tuple[float, float] | None]:

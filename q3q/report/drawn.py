@@ -10,7 +10,9 @@ from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 
+from q3q.canonical import sha256
 from q3q.environment import packages
+from q3q.errors import UNREADABLE
 from q3q.evaluate.samples import damaged_files
 from q3q.record import Sweep, TrialRecord
 from q3q.report.about import About, Report
@@ -85,7 +87,7 @@ def current_report(records: Sequence[TrialRecord], folder: Path, about: About) -
     report = write_report(records, folder, about)
     facts: Json = {
         "made_from": made_from,
-        "files": {name: _sha(content) for name, content in report.files.items()},
+        "files": {name: sha256(content) for name, content in report.files.items()},
         "text": report.text,
         "table": report.table,
         "answer": report.answer,
@@ -102,9 +104,9 @@ def _found(folder: Path, made_from: str) -> Report | None:
         if facts["made_from"] != made_from:
             return None
         files = {name: read_file(folder / name) for name in facts["files"]}
-    except (OSError, ValueError, KeyError, TypeError):
+    except UNREADABLE:
         return None
-    if any(_sha(content) != facts["files"][name] for name, content in files.items()):
+    if any(sha256(content) != facts["files"][name] for name, content in files.items()):
         return None
     words = (facts["text"], facts["table"], facts["answer"])
     return Report(folder, *words, facts["headline"], files)
@@ -146,12 +148,8 @@ def _code() -> str:
     return sha.hexdigest()
 
 
-def _sha(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
-
-
 def _sha_of(path: Path) -> str:
     try:
-        return _sha(read_file(path))
+        return sha256(read_file(path))
     except OSError:
         return ""

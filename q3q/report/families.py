@@ -10,9 +10,11 @@ from functools import cached_property
 from itertools import combinations
 
 from q3q.evaluate.correction import holm
+from q3q.evaluate.power import LEVEL
+from q3q.evaluation import is_perplexity
 from q3q.formatting import plural, significant
-from q3q.report.changes import LEVEL, Change, change, change_between, p_of_pair
-from q3q.report.measures import is_perplexity, short
+from q3q.report.changes import Change, change, change_between, p_of_pair
+from q3q.report.measures import short
 from q3q.report.pools import Pool
 from q3q.report.tables import Table
 

@@ -3,10 +3,11 @@
 import math
 from collections.abc import Sequence
 
+from q3q.evaluation import is_perplexity
 from q3q.formatting import plural
 from q3q.record import TrialRecord
 from q3q.report.budgets import best_of
-from q3q.report.measures import is_perplexity, judged_metrics
+from q3q.report.measures import judged_metrics
 from q3q.report.pools import comparable, pools
 
 UNQUANTIZED = "unquantized"

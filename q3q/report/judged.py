@@ -10,22 +10,21 @@ from dataclasses import dataclass, replace
 
 from q3q.evaluate.identities import conditions_of
 from q3q.evaluate.metrics import mean_metrics
-from q3q.formatting import percent, plural, significant
+from q3q.evaluation import CONFIDENCE
+from q3q.formatting import bytes_in_words, percent, plural, significant
 from q3q.record import JUDGED, TrialRecord
-from q3q.report.changes import Change, change
+from q3q.report.changes import UNTESTED, Change, change
+from q3q.report.divergences import NOISE
 from q3q.report.measures import ABSENT, FAILED, in_order
 from q3q.report.pairs import difference, flipped
 from q3q.report.pools import Pool
-from q3q.report.sizes import bytes_of, megabytes
+from q3q.report.sizes import bytes_of
 from q3q.report.tables import Table
 from q3q.spec import MEAN_ACCURACY, TrialSpec, digest, text_metric
 
 CARD = "model_card.md"  # a file of the report
-NOISE = "noise"  # in place of a multiple of the noise floor
-UNTESTED = "not tested"  # too few windows, or their numbers are not there
 # Columns.
 OVER_FLOOR, ACCURACY, UNTOLD = "of the noise floor", "mean accuracy", "not told apart from"
-BINS = ((0, 50), (50, 90), (90, 99), (99, 100))
 RULE = (
     "KL: the mean divergence of the original's next-token distribution from the checkpoint's, in "
     "nats, with 95 % intervals over windows; checkpoints are sorted by it, on the first text. "
@@ -241,7 +240,7 @@ class Bench:
         return {
             "format": str(record.notes.get(JUDGED, {}).get("format") or record.spec.model.dtype),
             "bits per weight": ABSENT if bits is None else significant(bits, 3),
-            "size": ABSENT if size is None else megabytes(size.value),
+            "size": ABSENT if size is None else bytes_in_words(size.value),
         }
 
     def _accuracy(self, pool: Pool) -> str:
@@ -285,7 +284,7 @@ class Bench:
                 of = f", {text}" if several else ""
                 floor = " (noise floor)" if pool is self.floor else ""
                 cells = [f"{pool.label}{floor}{of}"]
-                for low, high in BINS:
+                for low, high in CONFIDENCE:
                     values = [
                         pool.cell(self._of_text(f"{what}_confident_{low}_{high}", text))
                         for what in ("kl", "flips", "share")
@@ -302,7 +301,7 @@ class Bench:
                 rows.append(tuple(cells))
         if not any(cell != ABSENT for row in rows for cell in row[1:]):
             return None
-        names = (f"{low} to {high} %" for low, high in BINS)
+        names = (f"{low} to {high} %" for low, high in CONFIDENCE)
         columns = ("checkpoint", *(name + heads.get(name, "") for name in names))
         return Table(f"KL by the confidence of {self.name}", columns, tuple(rows), CONFIDENCE_RULE)
 

@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from q3q.evaluation import is_accuracy, is_perplexity
 from q3q.formatting import fixed, significant, with_spread
 from q3q.record import TrialRecord
 from q3q.report.escapes import latex_text
@@ -14,9 +15,7 @@ from q3q.report.measures import (
     appearance_of,
     cell,
     headline_metrics,
-    is_accuracy,
     is_base,
-    is_perplexity,
     natural,
     shown,
 )

@@ -4,9 +4,10 @@ import math
 import statistics
 from collections.abc import Sequence
 
+from q3q.evaluation import is_accuracy
 from q3q.formatting import fixed, significant
 from q3q.record import TrialRecord
-from q3q.report.measures import is_accuracy, judged_metrics, title
+from q3q.report.measures import judged_metrics, title
 from q3q.report.pools import Pool, comparable, pools
 from q3q.report.tables import Table
 

@@ -3,12 +3,12 @@
 Labels contain what differs between trials, so that two group sizes or knobs never share a name.
 """
 
-import hashlib
 import json
 import math
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
+from q3q.canonical import sha256
 from q3q.evaluate.metrics import (
     accuracy_metric,
     held_out,
@@ -16,7 +16,9 @@ from q3q.evaluate.metrics import (
     mean_metrics,
     measures_text,
 )
-from q3q.formatting import fixed, percent, significant
+from q3q.evaluation import is_perplexity, is_share, value_in_words
+from q3q.formatting import fixed
+from q3q.names import SHORT_DIGEST
 from q3q.number_formats import INT, own_form
 from q3q.quantize.methods.registry import settings_class
 from q3q.quantize.methods.settings import Appearance, MethodSettings
@@ -27,7 +29,6 @@ from q3q.spec import MEAN_ACCURACY, Evaluation, Json, Scheme, TrialSpec, text_me
 DIVERGED, FAILED, ABSENT = "diverged", "failed", "-"  # cells without a number
 BITS_OF_TYPES = {"float32": 32, "bfloat16": 16, "float16": 16}
 UNKNOWN_COMMIT = "unknown"
-SHORT_DIGEST = 8  # characters of a digest in a label
 ACTIVATIONS = "scheme.act_bits"
 FORMAT = "scheme.format"
 SAID_BY_HEAD = ("model.dtype",)  # traits of an unquantized model in its label
@@ -111,19 +112,6 @@ def text_metrics(spec: TrialSpec) -> list[str]:
     return [text_metric("perplexity", text.name, quick) for text in spec.evaluation.texts]
 
 
-def is_perplexity(metric: str) -> bool:
-    return metric.partition("/")[0] in ("perplexity", "perplexity_quick")
-
-
-def is_accuracy(metric: str) -> bool:
-    return metric == MEAN_ACCURACY or metric.endswith("/acc")
-
-
-def is_share(metric: str) -> bool:
-    """Return True for shares of right answers, which are shown in percent."""
-    return is_accuracy(metric) or metric.endswith("/acc_norm")
-
-
 def is_better(value: float, other: float, metric: str) -> bool:
     return value < other if is_perplexity(metric) else value > other
 
@@ -156,12 +144,10 @@ def mean_of_numbers(values: Sequence[float]) -> float:
 
 
 def shown(content: Cell, metric: str) -> str:
-    """Format a cell: perplexities to four digits, accuracies in percent."""
+    """Format a cell."""
     if isinstance(content, str):
         return content
-    if is_share(metric):
-        return percent(content)
-    return fixed(content, 2) if metric in SIZES else significant(content)
+    return fixed(content, 2) if metric in SIZES else value_in_words(content, metric)
 
 
 def interval(record: TrialRecord, metric: str) -> tuple[float, float] | None:
@@ -363,9 +349,8 @@ def asked_of(evaluation: Evaluation, metric: str) -> Json:
     settings = {key: facts.get(key) for key in ("task_limit", "chat", "include")}
     if metric == MEAN_ACCURACY:
         data = json.dumps(facts.get("data", {}), sort_keys=True)  # of all tasks
-        digest = hashlib.sha256(data.encode()).hexdigest()[:8]
         settings |= {key: facts.get(key) for key in ("tasks", "shots", "limits")}
-        return settings | {"data.digest": digest}
+        return settings | {"data.digest": sha256(data)[:8]}
     task = measure.removesuffix("_quick")
     return settings | {key: facts.get(key, {}).get(task) for key in ("shots", "limits")}
 
@@ -416,7 +401,7 @@ def title(metric: str) -> str:
         return f"perplexity of {text} (lower is better{quick})"
     if metric == MEAN_ACCURACY:
         return "mean accuracy, % (higher is better)"
-    if metric.endswith(("/acc", "/acc_norm")):
+    if is_share(metric):
         task, _, name = metric.rpartition("/")
         return f"{'accuracy' if name == 'acc' else name} on {task}, % (higher is better)"
     return {

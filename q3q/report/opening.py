@@ -6,15 +6,14 @@ The same sentences head the page, a tracker's note and the terminal's last lines
 from collections.abc import Sequence
 from itertools import combinations
 
-from q3q.formatting import percent, plural, signed
+from q3q.evaluation import change_unit
+from q3q.formatting import bytes_in_words, percent, plural, signed
 from q3q.report.answer import FROM, ONLY_CALIBRATED, Answer, Verdict, lowest
 from q3q.report.budgets import at_width, budget_table, by_width, command_of, listed, size_of
 from q3q.report.certainty import Certainty, in_words
 from q3q.report.changes import UNTESTED
 from q3q.report.escapes import markdown_code, markdown_text
-from q3q.report.measures import is_perplexity
 from q3q.report.pools import Pool
-from q3q.report.sizes import megabytes
 from q3q.report.tables import Table
 
 MOST = 6  # sentences
@@ -48,8 +47,8 @@ def _advice(answer: Answer) -> str:
         return _nothing(answer)
     memory, reference = answer.memory, answer.reference
     size, whole = size_of(pool, memory), size_of(reference, memory) if reference else None
-    bytes_ = megabytes(size.value) if size else ""
-    of = f" of {megabytes(whole.value)}" if size and whole else ""
+    bytes_ = bytes_in_words(size.value) if size else ""
+    of = f" of {bytes_in_words(whole.value)}" if size and whole else ""
     if memory is not None:
         of += f", each with the cache of {memory.context:,} tokens"
     change = answer.tests.change(pool, metric)
@@ -158,7 +157,7 @@ def _range(answer: Answer, pools: Sequence[Pool]) -> str:
     values = sorted(each.value for each in changes if each is not None)
     if len(values) < len(pools):
         return " to ".join(dict.fromkeys(pool.shown(metric) for pool in (pools[0], pools[-1])))
-    unit = "%" if is_perplexity(metric) else "points"
+    unit = change_unit(metric)
     ends = dict.fromkeys(_short(value) for value in (values[0], values[-1]))
     return f"{' to '.join(ends)} {unit}"
 

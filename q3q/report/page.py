@@ -11,7 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from q3q.config.command import command_of
-from q3q.formatting import plural, printable, significant
+from q3q.formatting import bytes_in_words, plural, printable, significant
 from q3q.record import TrialRecord
 from q3q.report.against import Against
 from q3q.report.answer import RULE, Answer, sentences
@@ -29,7 +29,6 @@ from q3q.report.opening import in_markdown, opening
 from q3q.report.paper import Compared, paper_table, share_reproduced
 from q3q.report.plots.drawing import Plot
 from q3q.report.plots.looks import COLOURS
-from q3q.report.sizes import megabytes
 from q3q.report.tables import Table, result_tables
 
 PARTS = Path(__file__).parent  # the folder of page.html.j2, page.css and page.js
@@ -108,7 +107,7 @@ def html(contents: Contents) -> str:
         checkpoint_tables=checkpoint_tables,
         command_of=command_of,
         in_words=in_words,
-        megabytes=megabytes,
+        bytes_in_words=bytes_in_words,
         commit_of=commit_of,
         paper_table=paper_table,
         result_tables=result_tables,

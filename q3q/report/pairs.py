@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 from q3q.errors import IntegrityError
 from q3q.evaluate.metrics import mean_metrics, reads_text
+from q3q.evaluation import is_perplexity
 from q3q.record import Comparison
-from q3q.report.measures import is_perplexity, text_metrics
+from q3q.report.measures import text_metrics
 from q3q.report.pools import Pool
 from q3q.spec import MEAN_ACCURACY
 from q3q.storage.files import FileState, file_state

@@ -9,18 +9,11 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from q3q.config.texts import RANDOM_TEXTS
+from q3q.evaluation import is_perplexity, is_share
 from q3q.formatting import fixed, percent, signed
 from q3q.quantize.methods.registry import settings_class
 from q3q.record import TrialRecord
-from q3q.report.measures import (
-    DIVERGED,
-    cell,
-    given_format,
-    in_order,
-    is_perplexity,
-    is_share,
-    shown,
-)
+from q3q.report.measures import DIVERGED, appearance_of, cell, given_format, in_order, shown
 from q3q.report.published import (
     NOTES,
     SOURCE,
@@ -42,14 +35,6 @@ CLOSE = 3  # times the tolerance
 REPRODUCED, NEAR, DIFFERENT = "reproduced", "close", "different"
 
 # Our names -> the study's. Models match without case and punctuation: qwen3_8b is Qwen3-8B.
-METHODS = {
-    "none": "FP16",
-    "rtn": "RTN",
-    "gptq": "GPTQ",
-    "awq": "AWQ",
-    "smoothquant": "SmoothQuant",
-    "billm": "BiLLM",
-}
 GROUPS = {-1: "per-channel", 128: "128"}
 DATASETS = {
     "perplexity/wikitext2": "wikitext2",
@@ -167,8 +152,8 @@ def cell_of(spec: TrialSpec) -> tuple[str, str, int, int, str] | None:
         None if the study has no such row.
     """
     model = _studied(spec.model)
-    method = METHODS.get(spec.method.name)
-    if model is None or method is None or spec.departures or spec.overrides or spec.skip:
+    method = appearance_of(spec.method.name).title
+    if model is None or not method or spec.departures or spec.overrides or spec.skip:
         return None
     if spec.scheme is not None and set(SELDOM_OF_SCHEME) & spec.scheme.to_json().keys():
         return None  # the study knows whole numbers only

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from q3q.evaluate.identities import conditions_of
+from q3q.evaluation import is_accuracy
 from q3q.formatting import plural, with_spread
 from q3q.record import TrialRecord
 from q3q.report.measures import (
@@ -23,7 +24,6 @@ from q3q.report.measures import (
     given_format,
     in_order,
     interval,
-    is_accuracy,
     is_reference,
     labels,
     shown,

@@ -6,13 +6,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from q3q.config.schema import nearest
-from q3q.errors import Q3QError, ReportError
+from q3q.errors import UNREADABLE, ReportError
 from q3q.evaluate.samples import damaged_files
 from q3q.record import Sweep, TrialRecord
 from q3q.storage.names import file_name
 
-# Errors from reading a truncated file, or one that another program wrote.
-UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, Q3QError)
 LONGEST_REASON = 200
 RECORDS = ("record.json", "failed.json")  # the first readable one: no failure hides a result
 

@@ -6,7 +6,6 @@ Both kinds may stand in one table or plot, which then says which is which.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from q3q.formatting import significant
 from q3q.kv_scheme import CacheShape, KvScheme
 from q3q.models.footprint import cache_shape
 from q3q.models.hub import facts_of_trial
@@ -116,12 +115,6 @@ def number_of(rule: str, used: Iterable[str]) -> str:
     counted = [name for name in RULES if name in set(used) and name != FILES]
     several = len(set(used)) > 1
     return "†" * (1 + counted.index(rule)) if several and rule in counted else ""
-
-
-def megabytes(size: float) -> str:
-    """Return a size for people, in MB or GB of 1000 each."""
-    number, unit = (size / 1e9, "GB") if size >= 1e9 else (size / 1e6, "MB")
-    return f"{significant(number, 3)} {unit}"
 
 
 def _rule(record: TrialRecord) -> str:

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from q3q.formatting import percent, printable
+from q3q.names import SHORT_DIGEST
 from q3q.record import TrialRecord
 from q3q.report.escapes import csv_cell, markdown_text
 from q3q.report.means import by_mean
 from q3q.report.measures import (
     ABSENT,
     FAILED,
-    SHORT_DIGEST,
     Cell,
     by_model,
     cell,

@@ -7,7 +7,6 @@ marked take more than a part of the free disk. What `keep=blocks` left has no ma
 `storage.mirrored_blocks` does the same where the storage is a URL.
 """
 
-import os
 import shutil
 from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -16,6 +15,7 @@ from pathlib import Path
 
 from q3q.formatting import bytes_in_words
 from q3q.storage.claim import ClaimStore, remembered
+from q3q.storage.files import bytes_below
 
 # Of the disk that would be free without these blocks, the part that they may take. No sweep should
 # find its disk full because of blocks that may never be asked for again; a tenth of a 2 TB disk
@@ -89,10 +89,8 @@ class BlockCache:
         entries = []
         for mark in self.folder.glob(f"*/{MARK}"):
             with suppress(OSError):  # it goes away at this moment
-                sizes = [
-                    entry.stat().st_size for entry in os.scandir(mark.parent) if entry.is_file()
-                ]
-                entries.append(CachedBlocks(mark.parent.name, sum(sizes), mark.stat().st_mtime_ns))
+                size, used = bytes_below(mark.parent), mark.stat().st_mtime_ns
+                entries.append(CachedBlocks(mark.parent.name, size, used))
         return sorted(entries, key=lambda kept: (kept.used, kept.name))
 
     def budget(self) -> int:

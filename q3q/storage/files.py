@@ -1,11 +1,13 @@
 """Write files that neither a crash nor a power cut tears, and read and seal what they hold."""
 
 import errno
+import hashlib
 import json
 import os
 import platform
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from itertools import takewhile
 from pathlib import Path
 
@@ -121,6 +123,57 @@ def file_state(path: Path) -> FileState:
     """
     status = path.stat()
     return status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino
+
+
+def file_digest(path: Path) -> str:
+    """Return a file's SHA-256 (hex).
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class FileDigests:
+    """The SHA-256 (hex) of files, each read again only when its state has changed."""
+
+    def __init__(self) -> None:
+        self.known: dict[Path, tuple[FileState, str]] = {}
+
+    def write(self, path: Path, parts: Iterable[bytes], *, wait: bool = True) -> str:
+        """Write a file in parts, as `write_atomically` does, and return its digest."""
+        sha = hashlib.sha256()
+
+        def hashed() -> Iterator[bytes]:
+            for part in parts:
+                sha.update(part)
+                yield part
+
+        write_atomically(path, hashed(), wait=wait)
+        self.known[path] = file_state(path), sha.hexdigest()
+        return sha.hexdigest()
+
+    def of(self, path: Path) -> str:
+        """Return a file's digest.
+
+        Raises:
+            OSError: it cannot be read.
+        """
+        state = file_state(path)
+        if path not in self.known or self.known[path][0] != state:
+            self.known[path] = state, file_digest(path)
+        return self.known[path][1]
+
+
+def bytes_below(folder: Path) -> int:
+    """Return the bytes of all files below a folder; those that come or go meanwhile may count."""
+    total = 0
+    for top, _, names in os.walk(folder):  # unlike rglob, it bears that a folder goes away
+        for path in (Path(top, name) for name in names):
+            with suppress(OSError):
+                total += 0 if path.is_symlink() else path.stat().st_size
+    return total
 
 
 def sealed(facts: Json, *, finite: bool = False) -> bytes:

@@ -6,6 +6,7 @@ from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
+from q3q.errors import UNREADABLE
 from q3q.storage.aside import put_aside
 from q3q.storage.files import sealed, unsealed, write_atomically
 from q3q.storage.mirror import Mirror, mirror_at
@@ -74,7 +75,7 @@ def _write(path: Path, own: str) -> None:
 
 def _read(path: Path) -> tuple[str, str] | None:
     """Return the id and the folder where it was written; None if there is no such file."""
-    with suppress(OSError, ValueError, KeyError):
+    with suppress(*UNREADABLE):
         facts = unsealed(path.read_bytes())
         return str(facts["id"]), str(facts["folder"])
     return None

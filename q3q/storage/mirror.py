@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from q3q.errors import UNREADABLE
 from q3q.masking import masked
 from q3q.storage.aside import clear_for_file, is_aside
 from q3q.storage.files import install, make_folder, read_file
@@ -311,6 +312,6 @@ def _state(path: Path) -> tuple[int, int] | None:
 def _read_exchanged(record: Path) -> Exchanged | None:
     try:
         mark, (size, changed) = json.loads(read_file(record))
-    except (OSError, ValueError, TypeError):
+    except UNREADABLE:
         return None
     return Exchanged(mark, (size, changed))

@@ -8,7 +8,6 @@ A machine's copies lie in its mirror. While one of its trials uses a quantizatio
 on them, which the kernel ends with the process; what nobody here uses gives way to other blocks.
 """
 
-import os
 import shutil
 import time
 from collections.abc import Callable, Collection
@@ -18,6 +17,7 @@ from pathlib import Path
 
 from q3q.masking import masked
 from q3q.storage.block_cache import BLOCKS, MARK, BlockCache, CachedBlocks, part_of_free_disk
+from q3q.storage.files import bytes_below
 from q3q.storage.leases import lease_of, leased, unless_leased
 from q3q.storage.mirror import Mirror
 from q3q.storage.stores import StoreError, is_url, with_retries
@@ -121,7 +121,7 @@ class MirroredBlocks(BlockCache):
         for path in folder.glob("*.partial"):  # of one that died, or that fetches them once more
             path.unlink(missing_ok=True)
         self.mirror.drop(f"{BLOCKS}/{kept.name}")
-        return kept.size - _size(folder)
+        return kept.size - bytes_below(folder)
 
     def _delete_old_copies(self) -> None:
         old = self.mirror.folder / OLD
@@ -133,17 +133,7 @@ class MirroredBlocks(BlockCache):
         copies = []
         for folder in self.folder.glob("*/"):
             lease = lease_of(folder)
-            if size := _size(folder):
+            if size := bytes_below(folder):
                 used = lease.stat().st_mtime_ns if lease.exists() else 0
                 copies.append(CachedBlocks(folder.name, size, used))
         return sorted(copies, key=lambda kept: (kept.used, kept.name))
-
-
-def _size(folder: Path) -> int:
-    """Return the bytes of a folder's files."""
-    size = 0
-    with suppress(FileNotFoundError):  # it goes away at this moment
-        for entry in os.scandir(folder):
-            with suppress(FileNotFoundError):
-                size += entry.stat().st_size if entry.is_file() else 0
-    return size

@@ -1,7 +1,8 @@
 """Turn a shown name, such as a study's, into the name of a file."""
 
-import hashlib
 import re
+
+from q3q.canonical import sha256
 
 MOST_BYTES = 100  # of a name in UTF-8: a file system takes 255, and ids and endings are added
 
@@ -19,5 +20,4 @@ def file_name(shown: str) -> str:
     cut = word.encode()[:MOST_BYTES].decode(errors="ignore")
     if cut and cut == shown:
         return cut
-    digest = hashlib.sha256(shown.encode(errors="surrogatepass")).hexdigest()[:6]
-    return f"{cut}-{digest}".lstrip("-.")
+    return f"{cut}-{sha256(shown)[:6]}".lstrip("-.")

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from q3q.errors import UNREADABLE
 from q3q.masking import masked
 from q3q.spec import Json
 from q3q.storage.claim import Holder
@@ -102,7 +103,7 @@ def sweep_statuses(storage: Path) -> list[SweepStatus]:
     for path in (storage / "running").glob("*.json"):
         try:
             statuses.append(SweepStatus.load(path))
-        except (OSError, ValueError, KeyError, TypeError):
+        except UNREADABLE:
             continue  # another version wrote it
     return sorted(statuses, key=lambda status: (status.lives() is False, -status.updated))
 

@@ -1,7 +1,6 @@
 """The stores that a URL names (a folder or an object store), and retries of requests to them."""
 
 import functools
-import hashlib
 import os
 import re
 import secrets
@@ -12,6 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
+from q3q.canonical import sha256
 from q3q.errors import ConfigError, Q3QError
 from q3q.masking import masked
 from q3q.storage.files import install, make_folder
@@ -347,7 +347,7 @@ def mirror_of(url: str) -> Path:
     base = Path(os.environ.get(FOLDER) or "~/.cache/q3q/mirrors").expanduser().absolute()
     url = url.rstrip("/")
     words = re.sub(r"[^A-Za-z0-9.]+", "-", url.partition("://")[2]).strip("-.")[-40:]
-    return base / f"{words}-{hashlib.sha256(url.encode()).hexdigest()[:12]}"
+    return base / f"{words}-{sha256(url)[:12]}"
 
 
 def folder_of(storage: str) -> Path:

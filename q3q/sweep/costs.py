@@ -24,6 +24,7 @@ from q3q.evaluate.catalogue import TASKS
 from q3q.models.facts import ModelFacts
 from q3q.models.footprint import batch_tokens
 from q3q.placement import Trial
+from q3q.quantize.budget.sensitivities import SENSING
 from q3q.quantize.methods.registry import settings_or_default
 from q3q.record import TrialRecord
 from q3q.spec import Evaluation, TaskRef, TextRef, TrialSpec
@@ -34,7 +35,6 @@ TASK_TOKENS = 15_000  # of one task with its questions, where nothing better is 
 TASK_QUESTIONS = 150  # likewise
 TEXT_WINDOWS = 150  # of a text without a limit: WikiText-2 has 146 of 2048 tokens
 PHASES = ("baseline", "quantize", "evaluate")  # whose seconds follow from operations
-SENSING = "sensitivities"  # a phase of trials with a budget of bits
 SHORTEST = 1.0  # seconds; a shorter predicted phase is mostly start-up and says little of the rate
 LARGE_TEXTS = ("c4", "pile")  # hundreds of thousands of documents, read for a few windows
 # Operations a second of a GPU's dense 16-bit products, by the word for its kind in its name, as its

@@ -11,11 +11,13 @@ from pathlib import Path
 
 from q3q.errors import ConfigError
 from q3q.evaluate.baseline import baseline_bytes, kept_windows
+from q3q.formatting import bytes_in_words
 from q3q.models.facts import ModelFacts
-from q3q.models.footprint import in_bytes, stored_bytes
+from q3q.models.footprint import stored_bytes
 from q3q.number_formats import own_form
 from q3q.placement import Trial
 from q3q.spec import AUTO_DRIFT, Scheme, TrialSpec
+from q3q.storage.files import bytes_below
 from q3q.sweep.costs import text_windows
 
 Left = dict[tuple[str, ...], int]
@@ -54,14 +56,8 @@ def running_bytes(trial: Trial, facts: ModelFacts) -> int:
     """
     if trial.placement.keeps_blocks:
         return 0
-    present = max(map(_present, trial.block_folders))
+    present = max(map(bytes_below, trial.block_folders))
     return max(0, block_bytes(trial.spec, facts) - present)
-
-
-def _present(folder: Path) -> int:
-    with suppress(OSError):
-        return sum(path.stat().st_size for path in folder.iterdir())
-    return 0
 
 
 def left_behind(trial: Trial, facts: ModelFacts) -> Left:
@@ -123,16 +119,14 @@ def refuse_full_disk(folder: Path, left: int, running: int) -> None:
     free = free_disk(folder)
     if free is None or left + running <= free:
         return
-    parts = (
-        [f"{in_bytes(running)} for quantized blocks of trials that run at once"] if running else []
-    )
-    parts += [f"{in_bytes(left)} for what trials leave"] if left else []
+    uses = ((running, "quantized blocks of trials that run at once"), (left, "what trials leave"))
+    parts = [f"{bytes_in_words(size)} for {what}" for size, what in uses if size]
     advice = "free some, or give storage= on a larger disk"
     if left and not running:
         advice += ", or leave out keep=blocks or export="
     raise ConfigError(
-        f"{folder} has {in_bytes(free)} of disk free, and this needs {in_bytes(left + running)}: "
-        f"{', and '.join(parts)}; {advice}"
+        f"{folder} has {bytes_in_words(free)} of disk free, and this needs "
+        f"{bytes_in_words(left + running)}: {', and '.join(parts)}; {advice}"
     )
 
 

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 
 from q3q.attempt import finished_record
+from q3q.errors import UNREADABLE
 from q3q.export.destination import export_fault
 from q3q.placement import Trial
 from q3q.record import TrialRecord
@@ -20,7 +21,7 @@ def failed_records(trials: Iterable[Trial]) -> dict[str, TrialRecord]:
     """Return the records of trials whose last attempt failed."""
     records = {}
     for trial in trials:
-        with suppress(OSError, ValueError, KeyError, TypeError):
+        with suppress(*UNREADABLE):
             records[trial.id] = TrialRecord.load(trial.folder / "failed.json")
     return records
 

@@ -16,7 +16,6 @@ from pathlib import Path
 from q3q.errors import ConfigError
 from q3q.models.cards import Capability
 
-TORCH_CUDA = "13.0"  # that torch on PyPI is built for, at the version in constraints.txt
 # The oldest driver for each CUDA, and the oldest and newest cards that its build of torch has code
 # for: https://docs.nvidia.com/deploy/cuda-compatibility/minor-version-compatibility.html, and
 # PyTorch's RELEASE.md (2.12 to 2.14).

@@ -17,12 +17,18 @@ from q3q.evaluate.batches import batches
 from q3q.evaluate.identities import requests_identity, says_all_of
 from q3q.models.facts import ModelFacts
 from q3q.placement import Trial
-from q3q.quantize.budget.sensitivities import file_of, identity_of, kept_units, sharers_of
+from q3q.quantize.budget.sensitivities import (
+    SENSING,
+    file_of,
+    identity_of,
+    kept_units,
+    sharers_of,
+)
 from q3q.quantize.budget.units import units_of
 from q3q.record import Progress
 from q3q.spec import Json, TrialSpec, digest
 from q3q.storage.block_cache import stored_blocks
-from q3q.sweep.costs import SENSING, Todo, questions_of, text_windows
+from q3q.sweep.costs import Todo, questions_of, text_windows
 from q3q.sweep.writing import parts_of, written_tokens
 
 QUANTIZING = "quantize"  # the phase

@@ -11,7 +11,7 @@ from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import DictConfig
 
 from q3q.errors import GPU_LOST_WORDS, GPU_SUSPECT_WORDS, Q3QError
-from q3q.models.footprint import in_gb
+from q3q.formatting import in_gb
 from q3q.placement import Trial
 from q3q.record import Progress, TrialRecord
 from q3q.spec import Json

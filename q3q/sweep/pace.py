@@ -6,8 +6,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from q3q.quantize.budget.sensitivities import SENSING
 from q3q.record import Progress
-from q3q.sweep.costs import SENSING
 
 
 @dataclass

@@ -10,16 +10,18 @@ from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from q3q.formatting import bytes_in_words, fixed, in_gb, in_one_unit
 from q3q.kv_scheme import CacheShape, KvScheme
 from q3q.models.facts import ModelFacts
-from q3q.models.footprint import cache_scheme, cache_shape, in_bytes, in_gb
+from q3q.models.footprint import cache_scheme, cache_shape
 from q3q.names import own_names
 from q3q.number_formats import INT, short_name
 from q3q.placement import Trial
+from q3q.quantize.budget.sensitivities import SENSING
 from q3q.record import TrialRecord
 from q3q.spec import Json, TrialSpec
 from q3q.sweep.allocation import Allocation, Choices
-from q3q.sweep.costs import SENSING, CostModel, Rate
+from q3q.sweep.costs import CostModel, Rate
 from q3q.sweep.disk import left_by_each, refuse_full_disk, running_bytes
 from q3q.sweep.machines import Machine, ResourceRequest
 from q3q.sweep.made import Made, made_for_others, until
@@ -284,15 +286,15 @@ def describe(
     total = [
         f"{len(left)} to run on {where}",
         f"{sweep.at_once} at a time at most",
-        f"about {_rounded(sweep.seconds)}",
+        f"about {in_one_unit(sweep.seconds)}",
     ]
-    total += [f"{hours:.1f} GPU-hours"] if hours else []
-    total += [f"{in_bytes(disk)} of disk"] if disk else []
-    total += [f"{in_bytes(sweep.blocks)} of disk while trials run"] if sweep.blocks else []
+    total += [f"{fixed(hours, 1)} GPU-hours"] if hours else []
+    total += [f"{bytes_in_words(disk)} of disk"] if disk else []
+    total += [f"{bytes_in_words(sweep.blocks)} of disk while trials run"] if sweep.blocks else []
     lines.append(f"{', '.join(total)}. State and records: {storage}")
     if sensing := sum(entry.phases.get(SENSING, 0.0) for entry in left):
         lines.append(
-            f"This includes {_rounded(sensing)} to measure budgets' sensitivities, once for all "
+            f"This includes {in_one_unit(sensing)} to measure budgets' sensitivities, once for all "
             f"trials that share them; they are kept in {storage}/{SENSING}."
         )
     counting = {budget for entry in left if (budget := entry.spec.budget) and budget.context}
@@ -346,12 +348,12 @@ def _row(planned: Planned, name: str) -> tuple[str, ...]:
         *head,
         f"{allocation}{cores}",
         allocation.loader,
-        f"{_rounded(planned.seconds)}{'' if planned.basis == 'measured' else ' (rough)'}",
+        f"{in_one_unit(planned.seconds)}{'' if planned.basis == 'measured' else ' (rough)'}",
         in_gb(allocation.needs),
         in_gb(allocation.memory * allocation.ranks),
-        in_bytes(planned.disk) if planned.disk else "-",
-        in_bytes(planned.blocks) if planned.blocks else "-",
-        f"{planned.gpu_hours:.2f}" if allocation.gpus else "-",
+        bytes_in_words(planned.disk) if planned.disk else "-",
+        bytes_in_words(planned.blocks) if planned.blocks else "-",
+        fixed(planned.gpu_hours, 2) if allocation.gpus else "-",
     )
 
 
@@ -371,17 +373,6 @@ def _caches(planned: Sequence[Planned]) -> list[tuple[str, ...]]:
         cells = ["" for _ in heads]
         if shape is not None:
             cells[0] = f"{shape.token_bytes(kv):,.0f} bytes"
-            cells[1:] = [_megabytes(shape.bytes_at(kv, context))] if context else []
+            cells[1:] = [bytes_in_words(shape.bytes_at(kv, context))] if context else []
         rows.append(tuple(cells))
     return rows
-
-
-def _megabytes(count: float) -> str:
-    return f"{count / 1e6:.0f} MB" if count < 1e9 else f"{count / 1e9:.2f} GB"
-
-
-def _rounded(seconds: float) -> str:
-    """Return a predicted duration in one unit: `42 s`, `12 min`, `2.1 h`."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

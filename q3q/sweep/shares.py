@@ -5,17 +5,9 @@ import math
 from collections.abc import Iterator, Sequence
 
 from q3q.errors import ConfigError
+from q3q.formatting import enough_gb, in_gb
 from q3q.models.facts import ModelFacts
-from q3q.models.footprint import (
-    AUTO,
-    LOADERS,
-    Device,
-    MethodMemory,
-    ahead_bytes,
-    enough_gb,
-    in_gb,
-    need,
-)
+from q3q.models.footprint import AUTO, LOADERS, Device, MethodMemory, ahead_bytes, need
 from q3q.placement import Trial
 from q3q.quantize.methods.registry import settings_or_default
 from q3q.spec import OWN_TEXT, TrialSpec

@@ -4,7 +4,6 @@ A record is on disk before the tracker receives it: a tracker that is down learn
 """
 
 import errno
-import hashlib
 import heapq
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -13,11 +12,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from q3q.canonical import sha256
 from q3q.errors import (
+    UNREADABLE,
     ConfigError,
     IntegrityError,
     NotRegisteredError,
-    Q3QError,
     RefusedByTrackerError,
     SweepFailedError,
     TrackingError,
@@ -47,8 +47,7 @@ TRY_AGAIN_SECONDS = 30.0  # between two tries of a tracker that failed
 
 def study_id(trials: Iterable[Trial]) -> str:
     """Return ten hex digits for this set of trials, in whatever order."""
-    ids = ",".join(sorted(trial.id for trial in trials))
-    return hashlib.sha256(ids.encode()).hexdigest()[:10]
+    return sha256(",".join(sorted(trial.id for trial in trials)))[:10]
 
 
 @contextmanager
@@ -349,5 +348,5 @@ def recent_records(storage: Path) -> Iterator[TrialRecord]:
         (path.lstat().st_mtime_ns, path) for path in (storage / "trials").glob("*/record.json")
     ]
     for _, path in heapq.nlargest(RECENT_RECORDS, records):
-        with suppress(OSError, ValueError, KeyError, TypeError, Q3QError):
+        with suppress(*UNREADABLE):
             yield TrialRecord.load(path)

@@ -10,6 +10,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from q3q.evaluate.metrics import mean_metrics
+from q3q.evaluation import is_perplexity
 from q3q.kv_scheme import KvScheme
 from q3q.number_formats import INT
 from q3q.record import TrialRecord, block_errors
@@ -35,7 +36,6 @@ TYPED = {
     "calibration.source": "calibration",
 }
 ENDS = (".low", ".high", ".difference")
-PERPLEXITIES = ("perplexity/", "perplexity_quick/")
 MOST_DATASET_NAME, MOST_DATASET_SOURCE = 500, 65_000  # characters that MLflow takes
 METRIC_DIGITS = 7  # of fractions, for the width of a table's column; record.json has all digits
 
@@ -103,7 +103,7 @@ def _column(metric: str) -> str:
         return "acc"
     first, _, last = metric.rpartition("/")
     quick = " quick" if "_quick" in first else ""
-    if metric.startswith(PERPLEXITIES):
+    if is_perplexity(metric):
         return f"ppl {last}{quick}"
     return f"{last} {first.removesuffix('_quick')}{quick}"
 
@@ -115,7 +115,7 @@ def deciding_columns(record: TrialRecord) -> dict[str, str]:
 
 def _deciding(spec: TrialSpec, metrics: Mapping[str, float]) -> list[str]:
     """Return the metrics that trials are judged by: perplexities, and the accuracy over tasks."""
-    texts = [name for name in metrics if name.startswith(PERPLEXITIES) and not name.endswith(ENDS)]
+    texts = [name for name in metrics if is_perplexity(name) and not name.endswith(ENDS)]
     accuracies = [name for name in mean_metrics(spec) if name in metrics]
     return [*texts, *([MEAN_ACCURACY] if MEAN_ACCURACY in metrics else accuracies)]
 
@@ -123,7 +123,7 @@ def _deciding(spec: TrialSpec, metrics: Mapping[str, float]) -> list[str]:
 def answer_name(metric: str) -> str:
     """Return the name under which charts begin: `answer/perplexity of stories`."""
     first, _, last = metric.rpartition("/")
-    if metric.startswith(PERPLEXITIES):
+    if is_perplexity(metric):
         return f"answer/{first} of {last}"
     return f"answer/{last} of {first}" if first else f"answer/mean {metric}"
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
+from q3q.canonical import sha256
 from q3q.record import ANSWER, Sweep, TrialRecord
 from q3q.track.mlflow_fields import record_digest
 from q3q.track.mlflow_names import fitted_names, fitted_text
@@ -88,7 +89,7 @@ def closing_tags(sweep: Sweep, artifacts: Mapping[str, bytes]) -> dict[str, str]
     """Return the tags that a sweep's run gets at its end: the note, and the digest of its files."""
     sha = hashlib.sha256()
     for name, content in sorted(artifacts.items()):
-        sha.update(f"{name} {hashlib.sha256(content).hexdigest()}\n".encode())
+        sha.update(f"{name} {sha256(content)}\n".encode())
     note = sweep_note(sweep, artifacts.get(ANSWER, b"").decode())
     return {NOTE: note, "q3q.files": sha.hexdigest()[:16]}
 

@@ -1,12 +1,13 @@
 """Make names and texts fit what MLflow takes."""
 
-import hashlib
 import json
 import posixpath
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+
+from q3q.canonical import sha256
 
 if TYPE_CHECKING:
     from mlflow.entities import Metric, Param, RunTag
@@ -30,7 +31,7 @@ def fitted_names(names: Iterable[str]) -> dict[str, str]:
     for name in originals:
         word = _fitted(name)
         if word != name and word in taken:
-            word = f"{word[: MAX_NAME - 7]}_{_digest(name)}"
+            word = f"{word[: MAX_NAME - 7]}_{sha256(name)[:6]}"
         taken.add(word)
         fitted[name] = word
     return fitted
@@ -42,23 +43,20 @@ def _fitted(name: str) -> str:
     word = posixpath.normpath(word).strip("/")
     word = "_" if word in ("", ".") else word
     # Its end is cut: another name's may be too, and a path must not end with a slash.
-    return word if len(word) <= MAX_NAME else f"{word[: MAX_NAME - 7]}_{_digest(name)}"
+    return word if len(word) <= MAX_NAME else f"{word[: MAX_NAME - 7]}_{sha256(name)[:6]}"
 
 
 def experiment_name(name: str) -> str:
     """Return the name of an experiment, as it is unless MLflow or its databases refuse it."""
     word = fitted_text(name, len(name)).strip() or "q3q"
-    return word if len(word) <= MAX_EXPERIMENT else f"{word[: MAX_EXPERIMENT - 7]}-{_digest(name)}"
+    long = len(word) > MAX_EXPERIMENT
+    return f"{word[: MAX_EXPERIMENT - 7]}-{sha256(name)[:6]}" if long else word
 
 
 def fitted_text(text: str, length: int) -> str:
     """Return a text of at most `length` characters, without any that a database refuses."""
     text = re.sub(r"[\x00\ud800-\udfff]", "\N{REPLACEMENT CHARACTER}", text)
     return text if len(text) <= length else text[: length - 1] + "…"
-
-
-def _digest(name: str) -> str:
-    return hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()[:6]
 
 
 @dataclass

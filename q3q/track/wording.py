@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterable
 
 from q3q.evaluate.correction import holm
+from q3q.evaluate.power import LEVEL
 from q3q.formatting import bytes_in_words, plural
 from q3q.record import Sweep, TrialRecord
 from q3q.spec import TrialSpec
@@ -34,7 +35,6 @@ NUMBER, NARROWEST = 84, 56  # pixels: of `11.54253`, and of any column
 NAME_LETTER, AROUND_NAME = 7, 46  # pixels: of a run's name, and of its column's margins and dot
 NARROWEST_NAME, WIDEST_NAME = 120, 320  # pixels
 CREATED_WIDTH = 140  # pixels, enough for `10 minutes ago`
-LEVEL = 0.05  # below which a corrected p-value counts
 
 
 def sweep_run_name(sweep: Sweep) -> str:

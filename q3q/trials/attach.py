@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from q3q.errors import EXIT_FAILED, ConfigError
+from q3q.errors import EXIT_FAILED, UNREADABLE, ConfigError
 from q3q.storage.mirror import Mirror
 from q3q.storage.status import POLL_SECONDS, SILENT_SECONDS, SweepStatus, sweep_statuses
 from q3q.storage.uploader import DRIVER_SECONDS
@@ -59,7 +59,7 @@ def watch(storage: Path, name: str | None, mirror: Mirror | None = None) -> int:
                 mirror.pull("running")
                 pulled = time.monotonic()
             before = status.updated
-            with suppress(OSError, ValueError, KeyError, TypeError):  # gone or torn: silence too
+            with suppress(*UNREADABLE):  # gone or torn: silence too
                 status = latest["status"] = SweepStatus.load(path)
             changed = changed if status.updated == before else time.monotonic()
     finally:

@@ -12,15 +12,16 @@ from q3q.data.prepared import FOLDER as PREPARED
 from q3q.data.prepared import kept_identities
 from q3q.data.traces import FOLDER as TRACES
 from q3q.data.traces import traces_identity, traces_of
-from q3q.errors import ConfigError
+from q3q.errors import UNREADABLE, ConfigError
 from q3q.evaluate.identities import prepared_identities, says_all_of
 from q3q.formatting import bytes_in_words
 from q3q.placement import Trial
 from q3q.spec import Json
 from q3q.storage.claim import Claim, Holder, claim_or_refuse
+from q3q.storage.files import bytes_below
 from q3q.storage.mirror import mirror_at
 from q3q.storage.stores import folder_of
-from q3q.trials.stored import StoredTrial, bytes_below, exports_of
+from q3q.trials.stored import StoredTrial, exports_of
 
 
 def delete_trials(
@@ -84,7 +85,7 @@ def baselines_of(trial: Trial, storage: Path) -> list[Path]:
     folders = []
     for path in (storage / "baselines").glob("*/manifest.json"):
         # A damaged one is computed again by the trial that needs it.
-        with suppress(OSError, ValueError, KeyError, TypeError):
+        with suppress(*UNREADABLE):
             identity = json.loads(path.read_text(encoding="utf-8"))["body"]["identity"]
             if identity["model"] == model and identity["text"] in digests:
                 folders.append(path.parent)

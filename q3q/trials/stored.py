@@ -7,7 +7,7 @@ from pathlib import Path
 
 from q3q.attempt import CLAIM
 from q3q.crash import TRACEBACK_AT
-from q3q.errors import ConfigError, Q3QError
+from q3q.errors import UNREADABLE, ConfigError
 from q3q.evaluate.samples import damaged_files
 from q3q.export.destination import export_fault, is_ours, partial_path
 from q3q.export.marker import disk_bytes
@@ -20,6 +20,7 @@ from q3q.record import Sweep, TrialRecord, load_trial
 from q3q.report.records import RECORDS, all_sweeps
 from q3q.storage.block_cache import stored_blocks
 from q3q.storage.claim import holder_of
+from q3q.storage.files import bytes_below
 from q3q.storage.mirror import Mirror, mirror_at
 from q3q.storage.mirrored_blocks import block_cache_of
 from q3q.storage.status import SweepStatus, at_work
@@ -158,17 +159,6 @@ def exports_of(trial: Trial) -> list[Path]:
     return [folder for folder in (path, partial_path(path)) if is_ours(folder, trial.spec)]
 
 
-def bytes_below(folder: Path) -> int:
-    """Return the size of all files under a folder; a file that goes away meanwhile counts as 0."""
-    total = 0
-    for path in folder.rglob("*"):
-        try:
-            total += 0 if path.is_symlink() or path.is_dir() else path.stat().st_size
-        except FileNotFoundError:
-            continue
-    return total
-
-
 def _stored(
     folder: Path,
     planned: Trial | None,
@@ -259,12 +249,12 @@ def _read(folder: Path) -> tuple[Trial | None, TrialRecord | None]:
     for name in RECORDS:
         try:
             record = TrialRecord.load(folder / name)
-        except (OSError, ValueError, KeyError, TypeError, Q3QError):
+        except UNREADABLE:
             continue
         return record.trial, record
     try:
         return load_trial(folder / "spec.json"), None
-    except (OSError, ValueError, KeyError, TypeError, Q3QError):
+    except UNREADABLE:
         return None, None
 
 

@@ -5,12 +5,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from q3q.errors import UNREADABLE
 from q3q.evaluate.samples import damaged_files
 from q3q.export.destination import export_fault, is_ours
 from q3q.export.marker import digest_faults, marker_of, published_files
 from q3q.formatting import plural
 from q3q.record import TrialRecord
-from q3q.report.records import RECORDS, UNREADABLE
+from q3q.report.records import RECORDS
 from q3q.storage.mirror import mirror_at
 from q3q.trials.stored import StoredTrial
 

@@ -17,7 +17,7 @@ from q3q.evaluate.prefixes import PackedTree
 from q3q.evaluate.scoring import Request, pack_requests, score
 from q3q.evaluate.tree_pass import run_tree
 from q3q.models import delta
-from q3q.models.adjust import Route
+from q3q.models.adjust import route
 from q3q.models.checkpoint import Checkpoint
 from q3q.models.decoder import load_decoder
 from q3q.models.delta import GatedDelta
@@ -224,7 +224,7 @@ def test_a_quantized_hybrid_with_experts_is_walked_and_evaluated_alike(loaded):
     """Calibration shows every expert all tokens; a tree computes what rows compute."""
     _, moe = loaded("decaying_moe")
     quantized = replace(moe, blocks=[block.with_weights({}) for block in moe.blocks])
-    quantized.adjust(Route(every_expert=True))
+    quantized.adjust(partial(route, True))
     windows_NT = torch.randint(97, (2, 24), generator=torch.Generator().manual_seed(0))
     scheme = Scheme(bits=4, group_size=4, symmetric=False)
     blocks = quantize_model(quantized, built("gptq"), scheme, windows_NT, Nowhere())

@@ -14,18 +14,12 @@ import numpy
 import pytest
 from scipy import stats
 
-from q3q.evaluate.compare import (
-    LEVEL,
-    NORMAL_95,
-    _compare_answers,
-    compare,
-    mcnemar,
-    paired_interval,
-)
+from q3q.evaluate.compare import NORMAL_95, _compare_answers, compare, mcnemar, paired_interval
 from q3q.evaluate.correction import holm
 from q3q.evaluate.equivalence import equivalence, p_of_interval
 from q3q.evaluate.flips import Flips, flips
 from q3q.evaluate.power import (
+    LEVEL,
     POWER,
     effective_discordance,
     effective_questions,

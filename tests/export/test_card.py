@@ -152,11 +152,11 @@ def test_the_unquantized_model_stands_beside_the_checkpoint_perplexity_first():
         metrics=METRICS, unquantized=UNQUANTIZED, weights=6_700_000, original=11_500_000
     ).lines()
     assert [line for line in lines if line.startswith("| ")][1:] == [
-        "| perplexity, stories | 2 | 1.6 | +25.00 % |",
+        "| perplexity, stories | 2.000 | 1.600 | +25.0 % |",
         "| accuracy of stories_who, % | 50.0 | 62.5 | -12.5 points |",
-        "| KL divergence from the unquantized model, stories, nats per token | 0.02 "
+        "| KL divergence from the unquantized model, stories, nats per token | 0.02000 "
         "| 0 by definition | |",
-        "| weights on disk | 6.7 MB | 11.5 MB | -42 % |",
+        "| weights on disk | 6.70 MB | 11.5 MB | -42 % |",
     ]
     assert UNMEASURED not in lines
 
@@ -173,7 +173,7 @@ def test_what_is_not_known_of_the_unquantized_model_is_said_and_added_later(
     measured = Measured(metrics=METRICS, unquantized=UNQUANTIZED)
     assert update_card(folder, measured)
     text = (folder / "README.md").read_text()
-    assert "| 2 | 1.6 | +25.00 % |" in text
+    assert "| 2.000 | 1.600 | +25.0 % |" in text
     assert UNMEASURED not in text
     assert text.endswith("What I know about it.\n")
     assert text.partition(BEGIN)[0] == card.partition(BEGIN)[0]

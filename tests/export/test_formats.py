@@ -255,7 +255,7 @@ def test_bad_destinations_are_refused_before_anything_runs(trial, tmp_path, monk
         trial("method=rtn", "export=hf", f"export.path={tmp_path}/out")
     monkeypatch.undo()
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"free": 10**6})())
-    with pytest.raises(ExportError, match=r"needs 0.1 GB and .* has 0.0 GB free"):
+    with pytest.raises(ExportError, match=r"needs .* MB and .* has 1.00 MB free"):
         trial("method=rtn", "export=hf", f"export.path={tmp_path}/out")
 
 

@@ -275,7 +275,7 @@ def test_the_card_says_what_was_done_and_under_which_licence(checkpoint, trial_o
     for words in (
         "`rtn`, 4 bits",
         "groups of 16",
-        "| perplexity, stories | 1.7 (1.6 to 1.8) |",
+        "| perplexity, stories | 1.700 (1.600 to 1.800) |",
         trial.placement.command,
     ):
         assert words in card

@@ -1,6 +1,7 @@
 """A small random decoder of each kind, and calibration windows for it."""
 
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -74,6 +75,11 @@ def random_decoder(kind: str, seed: int = 0, experts: int = 4) -> Decoder:
 @pytest.fixture
 def moe_decoder():
     return random_decoder("moe")
+
+
+def copy(decoder):
+    """Return the same model, whose blocks can be replaced."""
+    return replace(decoder, blocks=list(decoder.blocks))
 
 
 @pytest.fixture

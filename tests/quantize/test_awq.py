@@ -392,7 +392,10 @@ def task_of(decoder, block, group, statistics, hidden):
         block.weights.update(migrate_scale(block.weights, group, scale))
         statistics.rescale(scale)
 
-    return scale_task(block, group, statistics, decoder.rope, Activations.of_all(hidden), apply)
+    counts = [len(part) for part in hidden]
+    firsts = [sum(counts[:b]) for b in range(len(counts))]
+    activations = Activations(hidden, firsts, sum(counts), hidden[0].shape[1])
+    return scale_task(block, group, statistics, decoder.rope, activations, apply)
 
 
 @pytest.mark.parametrize("kind", ["dense", "moe", "biased"])

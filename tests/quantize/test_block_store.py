@@ -20,6 +20,7 @@ from q3q.quantize.block import QuantizedBlock
 from q3q.quantize.block_file import encode
 from q3q.quantize.block_store import BlockStore
 from q3q.record import SiteError
+from q3q.storage import files
 from q3q.storage.claim import ClaimLostError
 from q3q.storage.files import sealed, write_atomically
 from tests.chaos.faults import end_of, in_child
@@ -152,6 +153,12 @@ class Gate(threading.Event):
         self.written: list[str] = []
 
 
+def write_by(monkeypatch, write):
+    """Have a block's tensors and its facts written by another function."""
+    for module in (block_store, files):
+        monkeypatch.setattr(module, "write_atomically", write)
+
+
 @pytest.fixture
 def gate(monkeypatch):
     opened = Gate()
@@ -161,7 +168,7 @@ def gate(monkeypatch):
         write_atomically(path, content, **options)
         opened.written.append(path.name)
 
-    monkeypatch.setattr(block_store, "write_atomically", write)
+    write_by(monkeypatch, write)
     yield opened
     opened.set()
 
@@ -190,12 +197,12 @@ def test_blocks_are_written_behind_the_walk_and_at_most_two(tmp_path, gate):
 
 def test_a_kill_loses_at_most_two_blocks(tmp_path, monkeypatch):
     def work():
-        def slow(path, content):
+        def slow(path, content, **options):
             if path.name.startswith("block_002"):
                 os.kill(os.getpid(), signal.SIGKILL)
-            write_atomically(path, content)
+            write_atomically(path, content, **options)
 
-        monkeypatch.setattr(block_store, "write_atomically", slow)
+        write_by(monkeypatch, slow)
         store = BlockStore(tmp_path)
         for k in range(9):
             (tmp_path / "reached").write_text(str(k))
@@ -209,12 +216,12 @@ def test_a_kill_loses_at_most_two_blocks(tmp_path, monkeypatch):
 
 
 def fail_at(monkeypatch, name):
-    def write(path, content):
+    def write(path, content, **options):
         if path.name == name:
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
-        write_atomically(path, content)
+        write_atomically(path, content, **options)
 
-    monkeypatch.setattr(block_store, "write_atomically", write)
+    write_by(monkeypatch, write)
 
 
 @pytest.mark.parametrize("name", ["block_001.safetensors", "block_001.json"])
@@ -253,7 +260,7 @@ def test_the_walks_own_error_comes_first_and_what_was_stored_is_written(tmp_path
             raise OSError(errno.ENOSPC, "No space left on device")
         write_atomically(path, content, **options)
 
-    monkeypatch.setattr(block_store, "write_atomically", write)
+    write_by(monkeypatch, write)
 
     def walk():
         with BlockStore(tmp_path) as store:

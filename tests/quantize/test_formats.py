@@ -29,10 +29,10 @@ from q3q.spec import Scheme, Schemes
 from tests.methods import built
 from tests.nowhere import Nowhere
 from tests.quantize import conftest
-from tests.quantize.conftest import random_decoder
+from tests.quantize.conftest import copy, random_decoder
 from tests.quantize.test_block_store import same
 from tests.quantize.test_gptq import problem
-from tests.quantize.test_walk import DiesAfter, copy
+from tests.quantize.test_walk import DiesAfter
 from tests.specs import make_spec
 
 

@@ -15,7 +15,7 @@ from q3q.quantize.walk import quantize_model
 from q3q.spec import Scheme, Schemes
 from tests.methods import built
 from tests.nowhere import Nowhere
-from tests.quantize.test_walk import copy
+from tests.quantize.conftest import copy
 
 NVFP4 = Scheme(
     bits=4,

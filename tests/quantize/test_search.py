@@ -28,6 +28,7 @@ from q3q.quantize.search import mean_divergence, search_variants
 from q3q.quantize.walk import quantize_model
 from q3q.spec import Scheme
 from tests.methods import built
+from tests.quantize.conftest import copy
 
 SCHEME = Scheme(bits=8, group_size=-1, symmetric=True, act_bits=6)
 
@@ -41,12 +42,6 @@ class AtBits(Rtn):
 
     def quantize(self, task, scheme):
         return super().quantize(task, Scheme(bits=self.bits, group_size=-1, symmetric=False))
-
-
-def copy(decoder):
-    return Decoder(
-        decoder.facts, decoder.embedding_VH, decoder.norm_H, decoder.head_VH, list(decoder.blocks)
-    )
 
 
 def set_activations(model: Decoder, peaks: Mapping[str, float] | None = None) -> None:

@@ -12,7 +12,7 @@ import torch
 from q3q.models.checkpoint import Checkpoint, load_tokenizer
 from q3q.models.decoder import load_decoder
 from q3q.quantize.budget import stage
-from q3q.quantize.budget.sensitivities import FOLDER, Sensitivities, file_of, identity_of
+from q3q.quantize.budget.sensitivities import SENSING, Sensitivities, file_of, identity_of
 from q3q.quantize.budget.units import units_of
 from q3q.reporter import Reporter
 from q3q.storage import uploader
@@ -84,7 +84,7 @@ def test_a_folder_that_was_copied_to_another_machine_is_read_there(tmp_path, mon
     written = Sensitivities(file_of(here.placement.storage, identity), identity)
     for number, unit in enumerate(units, 1):
         written.add(unit.name, [1 / number, 0.1 / number])
-    copytree(here.placement.storage / FOLDER, there.placement.storage / FOLDER)
+    copytree(here.placement.storage / SENSING, there.placement.storage / SENSING)
     monkeypatch.setattr(Sensitivities, "add", None)
     found = sensed(there)
     assert (found.measured, found.table()) == (0, written.table())
@@ -106,7 +106,7 @@ def test_on_a_store_another_machine_goes_on_at_the_next_unit(tmp_path, monkeypat
         if len(added) < 2:
             return
         store, deadline = Mirror(url).store, time.monotonic() + PATIENCE
-        name, content = f"{FOLDER}/{self.path.name}", self.path.read_bytes()
+        name, content = f"{SENSING}/{self.path.name}", self.path.read_bytes()
         while not store.find(name) or store.read(name) != content:
             assert time.monotonic() < deadline, "nothing is sent before all is measured"
             time.sleep(0.01)

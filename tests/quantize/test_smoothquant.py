@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from q3q.models.decoder import Decoder
 from q3q.quantize.block_store import BlockStore
 from q3q.quantize.methods.settings import SmoothQuantSettings
 from q3q.quantize.methods.smoothquant import SmoothQuant, smoothquant_round_plain
@@ -12,14 +11,9 @@ from q3q.quantize.walk import quantize_model
 from q3q.spec import Scheme
 from tests.methods import built
 from tests.nowhere import Nowhere
+from tests.quantize.conftest import copy
 
 SCHEME = Scheme(bits=4, group_size=-1, symmetric=True, act_bits=8)
-
-
-def copy(decoder):
-    return Decoder(
-        decoder.facts, decoder.embedding_VH, decoder.norm_H, decoder.head_VH, list(decoder.blocks)
-    )
 
 
 def with_outliers(decoder, channels=(3, 17), factor=30.0):

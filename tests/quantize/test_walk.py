@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from q3q.errors import IncompatibleError, NumericsError
-from q3q.models.decoder import Decoder
 from q3q.numerics.grid import awq_grid, into_groups, on_grid
 from q3q.numerics.weights import QuantizedWeight
 from q3q.quantize.block_store import BlockStore
@@ -20,6 +19,7 @@ from q3q.quantize.walk import quantize_model
 from q3q.spec import Scheme, Schemes
 from tests.methods import built
 from tests.nowhere import Nowhere
+from tests.quantize.conftest import copy
 
 SCHEME = Scheme(bits=3, group_size=16, symmetric=False)
 METHODS = {
@@ -44,12 +44,6 @@ class DiesAfter(BlockStore):
             raise KeyboardInterrupt
         self.left -= 1
         super().store(block)
-
-
-def copy(decoder):
-    return Decoder(
-        decoder.facts, decoder.embedding_VH, decoder.norm_H, decoder.head_VH, list(decoder.blocks)
-    )
 
 
 @pytest.mark.parametrize("name", METHODS)

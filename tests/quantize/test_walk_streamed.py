@@ -55,11 +55,6 @@ def _no_gradients(monkeypatch):
         yield
 
 
-@pytest.fixture
-def windows():
-    return torch.randint(61, (12, 40), generator=torch.Generator().manual_seed(1))
-
-
 def scheme_for(name):
     return replace(SCHEME, bits=1) if name == "billm" else SCHEME
 

@@ -47,7 +47,7 @@ def test_the_terminal_names_the_folder_and_its_size_also_where_nothing_was_measu
     record = exported(tmp_path, disk_bytes=6_700_000)
     [line] = checkpoint_lines([record])
     label = record.spec.label
-    assert line == f"Checkpoint of {label}: {tmp_path}/exports/tiny (6.7 MB)"
+    assert line == f"Checkpoint of {label}: {tmp_path}/exports/tiny (6.70 MB)"
     report = write_report([record], tmp_path / "report", About(name="x", command="y"))
     assert report.text == "Nothing was measured: the trials had no evaluation."
 
@@ -55,8 +55,8 @@ def test_the_terminal_names_the_folder_and_its_size_also_where_nothing_was_measu
 @pytest.mark.parametrize(
     ("notes", "metrics", "size"),
     [
-        ({"disk_bytes": 6_700_000}, None, "6.7 MB"),
-        ({}, None, "6.6 MB"),  # an old record has its tensors' bytes alone
+        ({"disk_bytes": 6_700_000}, None, "6.70 MB"),
+        ({}, None, "6.60 MB"),  # an old record has its tensors' bytes alone
         ({}, {}, "size not recorded"),
     ],
 )
@@ -100,7 +100,7 @@ def test_no_export_no_table(tmp_path):
 
 def test_mlflows_note_names_the_folder(tmp_path):
     note = trial_note(exported(tmp_path, disk_bytes=6_700_000))
-    assert f"Checkpoint: `{tmp_path}/exports/tiny` (gptq, 6.7 MB on disk)" in note
+    assert f"Checkpoint: `{tmp_path}/exports/tiny` (gptq, 6.70 MB on disk)" in note
 
 
 def test_a_checkpoint_in_an_object_store_is_named_by_its_url(tmp_path):

@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
+from q3q.quantize.methods.settings import SETTINGS
 from q3q.record import COMPLETED, TrialRecord
 from q3q.report.header import abbreviations
 from q3q.report.latex import latex
-from q3q.report.paper import DATASETS, METHODS
+from q3q.report.paper import DATASETS
 from q3q.report.published import PUBLISHED
 from q3q.spec import ModelRef, Scheme
 from tests.specs import (
@@ -38,7 +39,7 @@ def printed() -> dict[str, dict[tuple[str, ...], dict[str, str]]]:
 def trial(key: tuple[str, ...], values: dict[str, str]) -> TrialRecord:
     """Return a trial that measured exactly what is printed."""
     model, method, bits, act_bits, group = key
-    names = {theirs: ours for ours, theirs in METHODS.items()}
+    names = {kind.appearance.title: name for name, kind in SETTINGS.items()}
     scheme: dict[str, Any] = {}
     if method != "FP16":
         scheme = {

@@ -173,8 +173,8 @@ def test_the_divergence_shows_how_it_is_spread_over_tokens() -> None:
     )
     plot = plots([trial])["demo-stories-kl"]
     assert tips(plot) == [
-        "rtn, 4 bits: mean 0.5, 1 % below 0.01, 25 % below 0.1, 50 % below 0.2, "
-        "75 % below 0.4, 99 % below 4, 99.9 % below 9"
+        "rtn, 4 bits: mean 0.500, 1 % below 0.0100, 25 % below 0.100, 50 % below 0.200, "
+        "75 % below 0.400, 99 % below 4.00, 99.9 % below 9.00"
     ]
     lines: Any = plot.figure.axes[0].get_lines()
     drawn = [tuple(line.get_ydata()) for line in lines]

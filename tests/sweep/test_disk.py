@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from q3q.errors import ConfigError
+from q3q.formatting import bytes_in_words
 from q3q.models.facts import read_facts
 from q3q.models.footprint import stored_bytes
 from q3q.number_formats import FLOATS
@@ -133,8 +134,8 @@ def test_a_sweep_that_would_fill_the_disk_is_refused_in_one_line(monkeypatch, tm
         refuse_what_fills_the_disk(planned, [NODE], tmp_path)
     said = str(refused.value)
     assert said.startswith(f"{tmp_path} has ")
-    assert f"{blocks / 1e9:.1f} GB for quantized blocks of trials that run at once" in said
-    assert f"{left / 1e9:.1f} GB for what trials leave" in said
+    assert f"{bytes_in_words(blocks)} for quantized blocks of trials that run at once" in said
+    assert f"{bytes_in_words(left)} for what trials leave" in said
     assert "storage=" in said
     assert "\n" not in said
 
@@ -148,9 +149,8 @@ def test_the_plan_shows_what_runs_and_what_stays(tmp_path):
     shown = describe(planned, machines=[NODE], where="here", storage=tmp_path).splitlines()
     assert "disk while it runs" in shown[0]
     blocks = simulated(planned, [NODE]).blocks
-    assert (
-        f"{planned[0].disk / 1e9:.1f} GB of disk, {blocks / 1e9:.1f} GB of disk while" in shown[-2]
-    )
+    sizes = bytes_in_words(planned[0].disk), bytes_in_words(blocks)
+    assert "{} of disk, {} of disk while".format(*sizes) in shown[-2]
 
 
 def test_a_sweep_on_cores_counts_its_blocks_too():

@@ -7,7 +7,7 @@ import pytest
 
 from q3q.errors import ConfigError
 from q3q.sweep import gpus as gpus_module
-from q3q.sweep.gpus import TORCH_CUDA, install_line, torch_cuda, visible_gpus
+from q3q.sweep.gpus import install_line, torch_cuda, visible_gpus
 from q3q.sweep.machines import Machine, ResourceRequest, machine_here, refuse_old_cards
 from tests.commands import python
 
@@ -217,6 +217,9 @@ def test_a_card_that_is_too_old_for_bfloat16_is_refused(machine, dtype, refused)
         ConfigError, match=r"(T4|V100) .*does not compute in bfloat16.*dtype=float32"
     ):
         refuse_old_cards([dtype], [machine])
+
+
+TORCH_CUDA = "13.0"  # that torch on PyPI is built for, at the version in constraints.txt
 
 
 def test_the_image_the_readme_and_the_constraints_agree_on_cuda():

@@ -8,11 +8,11 @@ from q3q.bit_budget import BitBudget
 from q3q.data.prepared import FOLDER, Shelf
 from q3q.data.traces import part_identity
 from q3q.evaluate.identities import prepared_identities
-from q3q.quantize.budget.sensitivities import Sensitivities, file_of, identity_of
+from q3q.quantize.budget.sensitivities import SENSING, Sensitivities, file_of, identity_of
 from q3q.quantize.budget.units import units_of
 from q3q.spec import TRACES, WRITTEN
 from q3q.sweep import run
-from q3q.sweep.costs import SENSING, CostModel, Rate, Todo
+from q3q.sweep.costs import CostModel, Rate, Todo
 from q3q.sweep.made import QUESTION_BYTES, Made
 from q3q.sweep.plan import Planned, describe, plan, simulated
 from q3q.sweep.run import Host, run_study

@@ -7,7 +7,6 @@ the metrics need, and answers `build_all_requests` from the file. A task's own c
 document while it makes a prompt of it; the file then holds the changed document too.
 """
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 from lm_eval.api.instance import Instance
 
+from q3q.canonical import sha256
 from q3q.data.prepared import Arrays, Shelf
 from q3q.evaluate.packing import pack_sequences, unpack_sequences
 from q3q.evaluate.prefixes import Ids
@@ -106,7 +106,7 @@ class PreparedTasks:
 
     def _build(self, name: str, task: Any, build: Callable[..., None], **settings: Any) -> None:
         build(**settings)
-        instances, prompt_hash = task.instances, lru_cache(maxsize=64)(_sha256)
+        instances, prompt_hash = task.instances, lru_cache(maxsize=64)(sha256)
         encoded = self.encode(instances)
         task._instances = self._done[name] = [
             EncodedInstance(
@@ -193,10 +193,6 @@ def _same(document: Any, other: Any) -> bool:
         return bool(document == other)
     except Exception:  # of whatever a task's documents hold
         return False
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def pack_requests(

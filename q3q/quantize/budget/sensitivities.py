@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from q3q.errors import UNREADABLE
 from q3q.placement import Trial
 from q3q.quantize.budget.units import Unit
 from q3q.quantize.methods.registry import settings_or_default
@@ -23,8 +24,7 @@ from q3q.storage.files import read_file, sealed, unsealed, write_atomically
 from q3q.storage.mirror import mirror_for
 from q3q.storage.uploader import uploading
 
-FOLDER = "sensitivities"
-UNREADABLE = (OSError, ValueError, KeyError, TypeError, AttributeError)
+SENSING = "sensitivities"  # a phase of trials with a budget of bits, and the folder of its numbers
 
 
 def identity_of(spec: TrialSpec, units: Sequence[Unit]) -> Json:
@@ -56,11 +56,11 @@ def sharers_of(spec: TrialSpec) -> str:
     """Name the trials that share this one's sensitivities, without the model's config.json."""
     assert spec.budget is not None
     facts = {"unit": spec.budget.unit, "skip": sorted(spec.skip)}
-    return f"{FOLDER} {digest(identity_of(spec, ()) | facts)[:10]}"
+    return f"{SENSING} {digest(identity_of(spec, ()) | facts)[:10]}"
 
 
 def file_of(storage: Path, identity: Json) -> Path:
-    return storage / FOLDER / f"{digest(identity)[:16]}.json"
+    return storage / SENSING / f"{digest(identity)[:16]}.json"
 
 
 @dataclass
@@ -149,13 +149,13 @@ def turn_at(
     """
     identity = identity_of(trial.spec, units)
     sensitivities = Sensitivities(file_of(trial.placement.storage, identity), identity)
-    mirror, name = mirror_for(trial.placement.store), f"{FOLDER}/{sensitivities.path.name}"
+    mirror, name = mirror_for(trial.placement.store), f"{SENSING}/{sensitivities.path.name}"
     clear_for_folder(sensitivities.path.parent)
     sensitivities.read()
     if sensitivities.complete:
         yield sensitivities, None
         return
-    where = sensitivities.path.parent if mirror is None else mirror.claim_store(FOLDER)
+    where = sensitivities.path.parent if mirror is None else mirror.claim_store(SENSING)
     with claimed(where, sensitivities.id, wait) as claim:
         if mirror is not None:
             mirror.pull(name)

@@ -22,7 +22,7 @@ from q3q.placement import Trial
 from q3q.quantize.block_store import BlockStore
 from q3q.quantize.budget.measure import Measurement, measured
 from q3q.quantize.budget.program import allot
-from q3q.quantize.budget.sensitivities import Sensitivities, turn_at
+from q3q.quantize.budget.sensitivities import SENSING, Sensitivities, turn_at
 from q3q.quantize.budget.units import (
     Unit,
     ends_bits,
@@ -37,14 +37,11 @@ from q3q.quantize.ledger import Ledger, bits_beside
 from q3q.quantize.methods.build import build_method
 from q3q.quantize.methods.registry import settings_or_default
 from q3q.quoting import override
-from q3q.record import forget_progress
+from q3q.record import ALLOTMENT, forget_progress
 from q3q.reporter import Reporter
 from q3q.scheme import DYNAMIC
 from q3q.spec import Json, TrialSpec
 from q3q.storage.claim import ClaimLostError, Holder
-
-ALLOTMENT = "allotment"  # beside the blocks that were made with it, and in the record's notes
-SENSING = "sensitivities"  # the phase
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from fractions import Fraction
 
 from q3q.bit_budget import BLOCK, LINEAR, BitBudget
 from q3q.errors import ConfigError
+from q3q.formatting import bytes_in_words
 from q3q.models.facts import ModelFacts
-from q3q.models.footprint import in_bytes
 from q3q.number_formats import SCALE_BITS
 from q3q.quantize.methods.registry import settings_or_default
 from q3q.spec import Json, Scheme, TrialSpec
@@ -175,17 +175,19 @@ def _short(budget: BitBudget, least: int, most: int, unquantized: int) -> str:
     if 8 * budget.bytes <= unquantized:
         return (
             ": what stays unquantized (embedding, head, norms and skipped layers) takes "
-            f"{in_bytes(unquantized / 8)} alone; head_bits= and embedding_bits= make it smaller"
+            f"{bytes_in_words(unquantized / 8)} alone; head_bits= and embedding_bits= make it "
+            "smaller"
         )
     ends = [(end + unquantized) / 8 for end in (least, most)]
-    taken, widths = " to ".join(map(in_bytes, ends)), ",".join(map(str, budget.widths))
+    taken, widths = " to ".join(map(bytes_in_words, ends)), ",".join(map(str, budget.widths))
     line = f" is too little: with budget.widths=[{widths}] the model takes {taken}"
     if budget.cache is None:
         return line
-    whole = " to ".join(in_bytes(end + budget.cache) for end in ends)
+    whole = " to ".join(bytes_in_words(end + budget.cache) for end in ends)
     return (
-        f"{line}, and {whole} with the cache of context={budget.context} ({in_bytes(budget.cache)}"
-        "), which counts too; a shorter context or kv_bits= makes that smaller"
+        f"{line}, and {whole} with the cache of context={budget.context} "
+        f"({bytes_in_words(budget.cache)}), which counts too; a shorter context or kv_bits= makes "
+        "that smaller"
     )
 
 

@@ -100,11 +100,8 @@ class Awq(Method):
     counts for the few tokens that it answers.
     """
 
+    settings: AwqSettings
     passes_on_quantized = False
-    chunks_experts = True
-
-    def __init__(self, settings: AwqSettings) -> None:
-        self.settings = settings
 
     def observe(self) -> StoredInputs:
         return StoredInputs(CLIP_TOKENS)

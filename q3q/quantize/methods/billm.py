@@ -119,8 +119,7 @@ class Billm(Method):
     The linears of a site share its factor; each searches its own salient columns and thresholds.
     """
 
-    def __init__(self, settings: BillmSettings) -> None:
-        self.settings = settings
+    settings: BillmSettings
 
     def observe(self) -> Gram:
         return Gram()

@@ -94,9 +94,7 @@ def gptq_round_plain(
 class Gptq(Method):
     """Solves all rows of a site with one factor: given the factor, rows are independent."""
 
-    def __init__(self, settings: GptqSettings) -> None:
-        self.settings = settings
-        self.sequential = settings.true_sequential  # type: ignore[misc]
+    settings: GptqSettings
 
     def observe(self) -> Gram:
         return Gram()

@@ -12,8 +12,7 @@ from q3q.spec import Scheme
 class Rtn(Method):
     """Rounds each weight to its group's min-max grid (GPTQ's Quantizer), without calibration."""
 
-    def __init__(self, settings: RtnSettings) -> None:
-        self.settings = settings
+    settings: RtnSettings
 
     def row_step(self, device: torch.device) -> int:
         return 1  # rows are independent

@@ -3,7 +3,7 @@
 Without torch, so that --help and completion start fast.
 """
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import ClassVar
 
 from q3q.models.footprint import MethodMemory
@@ -62,8 +62,11 @@ class MethodSettings:
     rebalances: it shifts scale between tensors that all linears of a site share: these must have
         one scheme
     chunks_experts: a site's experts are observed and quantized in chunks, not all at the same time;
-        None: unless it rebalances. As `Method.chunks_experts`
-    sequential: it quantizes each site before it observes the next one. As `Method.sequential`
+        None: unless it rebalances. A method that rebalances finds a scale that all experts share
+        with the first chunk's statistics of the experts, and an expert's own with those of its
+        chunk
+    sequential: each site sees the inputs that the block's already quantized sites produce, in one
+        forward pass; otherwise all sites are observed with the block's original weights first
     whole_zeros: its zero points are codes (0 to 2**bits - 1); otherwise they take 16 bits each, and
         most export formats cannot hold them
     keeps_hessian: it keeps a float32 [I, I] of each site's inputs (per expert, if routed)
@@ -135,14 +138,17 @@ class MethodSettings:
         """Return the knobs that a trial's spec has: those that have an effect."""
         return asdict(self)
 
+    def takes_chunks(self) -> bool:
+        """Return `chunks_experts`, or what it is unless a method says so."""
+        return not self.rebalances if self.chunks_experts is None else self.chunks_experts
+
     def memory(self) -> MethodMemory | None:
         """Return what the method holds in memory; None if it quantizes nothing."""
         if not self.quantizes:
             return None
-        chunks = not self.rebalances if self.chunks_experts is None else self.chunks_experts
         return MethodMemory(
             hessian=self.keeps_hessian,
-            chunks_experts=chunks,
+            chunks_experts=self.takes_chunks(),
             together=not self.sequential,
             block_copies=self.block_copies,
         )
@@ -195,9 +201,9 @@ class GptqSettings(MethodSettings):
             del knobs["static_groups"]
         return knobs
 
-    def memory(self) -> MethodMemory | None:
-        memory = super().memory()
-        return memory and replace(memory, together=not self.true_sequential)
+    @property
+    def sequential(self) -> bool:  # type: ignore[override]
+        return self.true_sequential
 
     def work(self) -> Work:
         return Work(passes=1 if self.true_sequential else 2, solves=True)

@@ -54,11 +54,11 @@ class SmoothQuant(Method):
     share its scale, and between up and down, except for experts that too few tokens reached.
     """
 
+    settings: SmoothQuantSettings
     passes_on_quantized = False
-    chunks_experts = True
 
     def __init__(self, settings: SmoothQuantSettings) -> None:
-        self.settings = settings
+        super().__init__(settings)
         self.search_windows = settings.search_windows
 
     def variants(self) -> dict[str, Method]:

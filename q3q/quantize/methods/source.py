@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from q3q.canonical import sha256
 from q3q.environment import packages
 from q3q.errors import ConfigError
 from q3q.quantize.methods.registry import settings_of
@@ -88,7 +89,7 @@ def _digest_of(names: tuple[str, ...]) -> str | None:
                 content = file.read_bytes()
             except OSError:
                 continue
-            sha.update(f"{place} {hashlib.sha256(_meaning(file, content)).hexdigest()}\n".encode())
+            sha.update(f"{place} {sha256(_meaning(file, content))}\n".encode())
             count += 1
     return sha.hexdigest() if count else None
 

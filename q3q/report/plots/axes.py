@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from q3q.report.measures import is_perplexity
+from q3q.evaluation import is_perplexity
 from q3q.report.pools import Pool
 
 if TYPE_CHECKING:

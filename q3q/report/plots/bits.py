@@ -5,16 +5,9 @@ import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from q3q.evaluation import is_accuracy, is_perplexity
 from q3q.record import TrialRecord
-from q3q.report.measures import (
-    by_model,
-    headline_metrics,
-    in_order,
-    interval,
-    is_accuracy,
-    is_perplexity,
-    shown,
-)
+from q3q.report.measures import by_model, headline_metrics, in_order, interval, shown
 from q3q.report.plots.axes import excess_scale, height_of, height_title, name_axes, scale
 from q3q.report.plots.drawing import (
     Plot,

@@ -3,17 +3,18 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from q3q.formatting import plural
+from q3q.evaluation import change_unit, is_perplexity
+from q3q.formatting import bytes_in_words, plural
 from q3q.report.budgets import Memory, size_of
 from q3q.report.changes import Change
 from q3q.report.families import Families
-from q3q.report.measures import is_perplexity, short
+from q3q.report.measures import short
 from q3q.report.plots.axes import excess_scale, logarithmic, name_axes
 from q3q.report.plots.drawing import Plot, handle, legend, mark, panel
 from q3q.report.plots.looks import REFERENCE, SOFT, Looks, points_only
 from q3q.report.plots.words import slug
 from q3q.report.pools import Pool
-from q3q.report.sizes import Size, megabytes, sizes_note
+from q3q.report.sizes import Size, sizes_note
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,7 +53,7 @@ def picture_of_answer(
     unquantized = size_of(reference, memory) if reference else None
     if reference is not None and unquantized is not None:
         x = unquantized.value / 1e6
-        description = f"{reference.name}: {megabytes(unquantized.value)}"
+        description = f"{reference.name}: {bytes_in_words(unquantized.value)}"
         mark(axes, x, 0.0, REFERENCE, reference.label, description)
         handles[reference.label] = handle(points_only(REFERENCE), reference.label)
     for pool, size, change in points:
@@ -70,7 +71,7 @@ def picture_of_answer(
             )  # fmt: skip
             own = "" if pool.spec.budget else f", {plural(pool.bits, 'bit')}"
             _write(axes, RING + own, (x, y), (0, 11), "center")
-        description = f"{pool.name}: {megabytes(size.value)}, {change.amount}"
+        description = f"{pool.name}: {bytes_in_words(size.value)}, {change.amount}"
         mark(axes, x, y, look, pool.label, description)
         handles[pool.label] = handle(points_only(look), pool.label)
     for bits, place in _widths(points, chosen).items():
@@ -81,7 +82,7 @@ def picture_of_answer(
     if is_perplexity(metric):
         excess_scale(axes, heights)
     words = short(metric).removesuffix(", %").replace("perplexity, ", "perplexity of ")
-    unit = "%" if is_perplexity(metric) else "points"
+    unit = change_unit(metric)
     size_in_words = "size of the whole model"
     if memory is not None:
         size_in_words = f"weights and cache of {memory.context:,} tokens"

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from q3q.formatting import plural
+from q3q.formatting import plural, significant
 from q3q.record import TrialRecord
 from q3q.report.measures import mean_of_numbers
 from q3q.report.plots.axes import logarithmic, name_axes
@@ -47,8 +47,12 @@ def divergence_against_bits(
                 if p in percentiles:
                     dash = {**look, "marker": symbol, "linestyle": ""}
                     axes.plot([x], [percentiles[p]], markersize=6, **dash)
-            spread = "".join(f", {p} % below {value:.3g}" for p, value in percentiles.items())
-            mark(axes, x, mean, look, pool.label, f"{pool.name}: mean {mean:.3g}{spread}")
+            spread = "".join(
+                f", {p} % below {significant(value, 3)}" for p, value in percentiles.items()
+            )
+            mark(
+                axes, x, mean, look, pool.label, f"{pool.name}: mean {significant(mean, 3)}{spread}"
+            )
             values += [mean, *percentiles.values()]
             handles[pool.label] = handle(points_only(look), pool.label)
         ticks = sorted({pool.bits for pool in positive})

@@ -7,12 +7,11 @@ from typing import Any
 
 from q3q.bit_budget import BLOCK_ERROR, KL
 from q3q.formatting import significant
-from q3q.record import TrialRecord
+from q3q.record import ALLOTMENT, TrialRecord
 from q3q.report.plots.drawing import Plot, new_figure
 from q3q.report.plots.heatmaps import MOST_HEATMAPS, draw_grid
 from q3q.report.plots.words import slug
 
-NOTE = "allotment"  # of a record: see `quantize.budget.stage`
 MOST_NAMED = 80  # units whose names have room
 QUANTITIES = {
     KL: "divergence of the predictions, nats",
@@ -35,7 +34,7 @@ class Allotted:
     @classmethod
     def of(cls, record: TrialRecord) -> "Allotted | None":
         """Return None for a trial without a budget, or with a note that is none of q3q's."""
-        note: Mapping[str, Any] = record.notes.get(NOTE) or {}
+        note: Mapping[str, Any] = record.notes.get(ALLOTMENT) or {}
         try:
             units, widths, bits = list(note["units"]), list(note["widths"]), list(note["bits"])
             measured = [[float(x) or math.nan for x in row] for row in note["measured"]]
@@ -61,7 +60,7 @@ def sensitivities(model: str, records: Sequence[TrialRecord]) -> Iterator[Plot]:
 
 
 def _caption(record: TrialRecord, more: int) -> str:
-    note, bits = record.notes[NOTE], record.metrics.get("bits_per_weight")
+    note, bits = record.notes[ALLOTMENT], record.metrics.get("bits_per_weight")
     words = ["Framed: the width that the unit got."]
     if bits is not None:
         words.append(f"All units take {significant(bits)} bits per weight, scales counted.")

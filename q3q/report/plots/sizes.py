@@ -3,15 +3,11 @@
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from q3q.evaluation import is_accuracy, is_perplexity
+from q3q.formatting import bytes_in_words
 from q3q.record import TrialRecord
 from q3q.report.budgets import Memory, size_of
-from q3q.report.measures import (
-    by_model,
-    is_accuracy,
-    is_base,
-    is_perplexity,
-    judged_metrics,
-)
+from q3q.report.measures import by_model, is_base, judged_metrics
 from q3q.report.plots.axes import (
     excess_scale,
     fixed_ticks,
@@ -33,14 +29,7 @@ from q3q.report.plots.looks import (
 )
 from q3q.report.plots.words import metric_title, not_shown, slug
 from q3q.report.pools import Pool, comparable, pools
-from q3q.report.sizes import (
-    COUNTED,
-    Size,
-    megabytes,
-    number_of,
-    parameters_of,
-    sizes_note,
-)
+from q3q.report.sizes import COUNTED, Size, number_of, parameters_of, sizes_note
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -111,9 +100,9 @@ def _front(
     for pool, size, cache, (x, y) in zip(measured, sizes, caches, points, strict=True):
         look = looks.get(pool.label, REFERENCE)
         mark_of_rule = number_of(size.rule, rules)
-        description = f"{pool.name}: {megabytes(size.value)} {mark_of_rule}".rstrip()
+        description = f"{pool.name}: {bytes_in_words(size.value)} {mark_of_rule}".rstrip()
         if memory is not None:
-            description += f" and {megabytes(cache)} of cache"
+            description += f" and {bytes_in_words(cache)} of cache"
         mark(axes, x, y, look, pool.label, f"{description}, {pool.shown(metric)}")
         if mark_of_rule:
             axes.annotate(

@@ -3,7 +3,8 @@
 import re
 from collections.abc import Sequence
 
-from q3q.report.measures import DIVERGED, FAILED, is_perplexity
+from q3q.evaluation import is_perplexity
+from q3q.report.measures import DIVERGED, FAILED
 from q3q.report.pools import Pool
 from q3q.spec import MEAN_ACCURACY
 

@@ -64,11 +64,9 @@ class Cluster:
     Args:
         address: `host:port` or `auto` of a running cluster that this machine is a node of; None
             starts one here.
-        cpus, gpus, memory: what the local cluster may hand out, memory in bytes; with None, all
-            cores and all free memory that this process may use, and the GPUs that Ray counts.
+        cpus, gpus: what the local cluster may hand out; with None, all cores that this process may
+            use, and the GPUs that Ray counts.
         env: environment variables that each worker gets before it imports anything for a task.
-        patience: seconds to wait for a machine large enough for a task, where a cluster grows on
-            demand; with 0, a task that fits on none of the present machines is refused at once.
     """
 
     def __init__(
@@ -76,22 +74,24 @@ class Cluster:
         address: str | None = None,
         cpus: int | None = None,
         gpus: int | None = None,
-        memory: int | None = None,
         env: Mapping[str, str] | None = None,
-        patience: float = 0.0,
     ) -> None:
-        if address is not None and (cpus, gpus, memory) != (None, None, None):
+        if address is not None and (cpus, gpus) != (None, None):
             raise ConfigError(
-                f"cpus, gpus and memory are for a local cluster: the one at {address} has what it "
-                "has"
+                f"cpus and gpus are for a local cluster: the one at {address} has what it has"
             )
         if address is not None and "://" in address:
             raise ConfigError(
                 f"cluster address {address}: run on a node of the cluster and give host:port, or "
                 "auto"
             )
-        self.address, self.cpus, self.gpus, self.memory = address, cpus, gpus, memory
-        self.env, self.patience = {COMMAND_ID: secrets.token_hex(16), **(env or {})}, patience
+        self.address, self.cpus, self.gpus = address, cpus, gpus
+        self.env = {COMMAND_ID: secrets.token_hex(16), **(env or {})}
+        # Bytes that a local cluster may hand out; None: all free memory that this process may use.
+        self.memory: int | None = None
+        # Seconds to wait for a machine large enough for a task, where a cluster grows on demand;
+        # with 0, a task that fits on none of the present machines is refused at once.
+        self.patience = 0.0
         self._up, self._stopped = threading.Event(), threading.Event()
         self._starting = Starting(address)
         self._failure: BaseException | None = None

@@ -27,14 +27,11 @@ class InFlight:
     rank: int = 0
     gang: Gang | None = None
 
-    def outcome(
-        self, value: Any = None, error: BaseException | None = None, died: bool = False
-    ) -> Outcome:
+    def outcome(self, value: Any = None, error: BaseException | None = None) -> Outcome:
         return Outcome(
             key=self.task.key,
             value=value,
             error=error,
-            died=died,
             attempts=self.attempt,
             seconds=time.monotonic() - self.running_since if self.began else 0.0,
         )

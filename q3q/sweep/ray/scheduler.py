@@ -245,7 +245,7 @@ class TaskRun:
             again = Waiting(task, attempt + 1, deaths + 1)
         else:
             self.made.update(task.makes)
-            yield flight.outcome(error=content, died=kind == DIED)
+            yield flight.outcome(error=content)
             return
         self._run_again(again, content)
 

@@ -130,6 +130,5 @@ class Outcome:
     key: str
     value: Any = None
     error: BaseException | None = None
-    died: bool = False
     attempts: int
     seconds: float = 0.0

@@ -154,9 +154,9 @@ class IdleThreads:
         self._ending.wait()
 
 
-def loaded_libraries(proc: Path = PROC) -> list[str]:
+def loaded_libraries() -> list[str]:
     """Return the files of libgomp that this process has loaded."""
-    lines = (proc / "self/maps").read_text(encoding="utf-8", errors="replace").splitlines()
+    lines = (PROC / "self/maps").read_text(encoding="utf-8", errors="replace").splitlines()
     return sorted({line.split(maxsplit=5)[5] for line in lines if "/libgomp" in line})
 
 

@@ -37,9 +37,6 @@ def half_quadratic_grid(groups_EOGS, scheme, settings):
 
 
 class Hqq(Method):
-    def __init__(self, settings):
-        self.settings = settings
-
     def quantize(self, task, scheme):
         groups_EOGS = into_groups(task.weight_EOI, scheme.group_size)
         grid = half_quadratic_grid(groups_EOGS, scheme, self.settings)
