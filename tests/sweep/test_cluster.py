@@ -624,5 +624,5 @@ def test_a_task_that_fills_the_memory_is_said_to_have_done_so(start_program):
     in_use = 1 - memory["MemAvailable"] / memory["MemTotal"]
     with start_program("hogs", RAY_memory_usage_threshold=f"{in_use + 0.03:.3f}") as driver:
         last = driver.communicate(timeout=300)[0].splitlines()[-1]
-    assert last.startswith("WorkerDiedError hogs died")
+    assert last.startswith("OutOfMemoryError hogs died")
     assert "out of memory" in last
