@@ -12,8 +12,9 @@ from q3q.config.texts import RANDOM_TEXTS
 from q3q.evaluation import is_perplexity, is_share
 from q3q.formatting import fixed, percent, signed
 from q3q.quantize.methods.registry import settings_class
+from q3q.quantize.methods.settings import SETTINGS
 from q3q.record import TrialRecord
-from q3q.report.measures import DIVERGED, appearance_of, cell, given_format, in_order, shown
+from q3q.report.measures import DIVERGED, cell, given_format, in_order, shown
 from q3q.report.published import (
     NOTES,
     SOURCE,
@@ -152,11 +153,12 @@ def cell_of(spec: TrialSpec) -> tuple[str, str, int, int, str] | None:
         None if the study has no such row.
     """
     model = _studied(spec.model)
-    method = appearance_of(spec.method.name).title
-    if model is None or not method or spec.departures or spec.overrides or spec.skip:
+    settings = SETTINGS.get(spec.method.name)  # of another package's methods the study has none
+    if model is None or settings is None or spec.departures or spec.overrides or spec.skip:
         return None
     if spec.scheme is not None and set(SELDOM_OF_SCHEME) & spec.scheme.to_json().keys():
         return None  # the study knows whole numbers only
+    method = settings.appearance.title
     if spec.scheme is None:
         return model, method, 16, 16, ""
     if (group := GROUPS.get(spec.scheme.group_size)) is None:

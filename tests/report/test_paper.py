@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from q3q.placement import Trial
+from q3q.quantize.methods.settings import GptqSettings
 from q3q.record import COMPLETED, TrialRecord
 from q3q.report.about import About
 from q3q.report.paper import (
@@ -104,6 +105,13 @@ def test_the_table_is_the_papers() -> None:
 )
 def test_a_trial_finds_its_cell(changes: dict[str, Any], cell: Any) -> None:
     assert cell_of(spec(**changes)) == cell
+
+
+def test_a_method_of_another_package_is_none_of_the_study_whatever_its_title(monkeypatch):
+    monkeypatch.setattr("q3q.report.measures.settings_class", lambda name: GptqSettings)
+    ours = spec()
+    assert cell_of(ours) is not None
+    assert cell_of(replace(ours, method=replace(ours.method, name="gptq_of_mine"))) is None
 
 
 @pytest.mark.parametrize(
